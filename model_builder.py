@@ -1,0 +1,384 @@
+"""`ConfigurableGPT`: a language model assembled by name from the registries.
+
+    model = ConfigurableGPT(ModelArchitectureConfig.from_preset('llama', vocab_size=256))
+    logits, loss = model(idx, targets)              # as in nanoGPT
+    text = model.generate(idx, max_new_tokens=100)  # with a KV cache or a recurrent state
+
+Importing this module fills the registries. It is the only one that imports `mixer_*.py`.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from mixer_attention import MIXER_REGISTRY
+from model_components import FFN_REGISTRY, NORM_REGISTRY, POSITION_ENCODING_REGISTRY, Norm
+from model_config import GPT2_VOCAB_SIZE
+from registry import options_of
+from user_errors import UserError
+
+# A new mixer_*.py registers itself by lying beside this file: adding a part edits no list.
+for _path in sorted(Path(__file__).parent.glob("mixer_*.py")):
+    importlib.import_module(_path.stem)
+
+IGNORE_INDEX = -100  # a target that is not supervised
+
+
+# ---- the network ----------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Two slots, a mixer and an FFN, each a branch added to the residual stream.
+
+    norm_position places the norms: 'pre' x + f(norm(x)), 'post' norm(x + f(x)), 'sandwich' x + norm(f(norm(x))).
+    """
+
+    def __init__(self, config, layer_index):
+        super().__init__()
+        mixer, ffn = config.blocks()[layer_index]
+        norm = NORM_REGISTRY[config.normalization]
+        width, self.norm_position, self.parallel = config.n_embd, config.norm_position, config.parallel_blocks
+        self.mixer = MIXER_REGISTRY[mixer](config, layer_index)
+        self.ffn = FFN_REGISTRY[ffn](config, layer_index) if ffn != "none" else None
+        self.mixer_norm = norm(width, config)
+        self.ffn_norm = norm(width, config) if self.ffn is not None and not self.parallel else None
+        sandwich = config.norm_position == "sandwich"
+        self.mixer_out_norm = norm(width, config) if sandwich else None
+        self.ffn_out_norm = norm(width, config) if sandwich and self.ffn is not None else None
+        self.mixer_scale = ResidualScale(config)
+        self.ffn_scale = ResidualScale(config) if self.ffn is not None else None
+        self.dropout = config.dropout
+
+    def forward(self, x, positions=None, document_ids=None):
+        return self._through(x, lambda h: self.mixer(h, positions, document_ids))
+
+    def step(self, x, state):
+        """x (B, S, C), the next tokens -> (x, state)."""
+        new_state = []
+
+        def mix(h):
+            y, after = self.mixer.step(h, state)
+            new_state.append(after)
+            return y
+
+        return self._through(x, mix), new_state[0]
+
+    def _through(self, x, mix):
+        if self.parallel and self.ffn is not None:
+            h = self.mixer_norm(x)
+            return x + self._branch(mix(h), self.mixer_out_norm, self.mixer_scale) + self._branch(
+                self.ffn(h), self.ffn_out_norm, self.ffn_scale
+            )
+        x = self._residual(x, mix, self.mixer_norm, self.mixer_out_norm, self.mixer_scale)
+        if self.ffn is not None:
+            x = self._residual(x, self.ffn, self.ffn_norm, self.ffn_out_norm, self.ffn_scale)
+        return x
+
+    def _residual(self, x, f, norm, out_norm, scale):
+        if self.norm_position == "post":
+            return norm(x + self._branch(f(x), out_norm, scale))
+        return x + self._branch(f(norm(x)), out_norm, scale)
+
+    def _branch(self, y, out_norm, scale):
+        y = F.dropout(y, self.dropout, self.training) if self.dropout else y
+        return scale(y if out_norm is None else out_norm(y))
+
+
+class ResidualScale(nn.Module):
+    """What a branch is multiplied by before it joins the stream: 1, 1 / sqrt(2 n_layer), or a learned gain per channel.
+
+    'depth' keeps the variance of the stream from growing with depth; 'learned' starts there (LayerScale, Touvron et
+    al. 2021).
+    """
+
+    own_init = ("gain",)
+    no_weight_decay = ("gain",)
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind, self.value = config.residual_scaling, (2 * config.n_layer) ** -0.5
+        self.gain = nn.Parameter(torch.empty(config.n_embd)) if self.kind == "learned" else None
+
+    def init_own_parameters(self, generator):
+        self.gain.fill_(self.value)
+
+    def forward(self, y):
+        if self.kind == "none":
+            return y
+        return y * (self.value if self.kind == "depth" else self.gain)
+
+
+class ConfigurableGPT(nn.Module):
+    """Token embedding, blocks, final norm, output head.
+
+    Args:
+        config: ModelArchitectureConfig.
+        seed: decides the initial weights, each a pure function of (seed, parameter name, shape).
+
+    Raises:
+        UserError: parts that do not go together, in a sentence naming both settings.
+    """
+
+    def __init__(self, config, seed=1337):
+        super().__init__()
+        self.config = config
+        check_parts(config)
+        vocab_size = config.vocab_size or GPT2_VOCAB_SIZE
+        encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.position_embedding = encoding(config) if encoding.adds_to_embedding else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.final_norm = NORM_REGISTRY[config.normalization](config.n_embd, config) if self._needs_final_norm else None
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        if config.weight_tying:
+            self.head.weight = self.token_embedding.weight
+        initialise(self, seed)
+
+    @property
+    def _needs_final_norm(self):
+        return self.config.norm_position != "post"  # a post-norm block ends in a norm already
+
+    def hidden_states(self, idx, positions=None, document_ids=None):
+        """idx (B, T) -> (B, T, C), what the head reads."""
+        if self.position_embedding is not None and idx.size(1) > self.config.block_size:
+            raise UserError(
+                f"{idx.size(1)} tokens do not fit position_encoding='{self.config.position_encoding}' of "
+                f"block_size={self.config.block_size}; shorten the text, or train with a larger block_size"
+            )
+        x = self._embed(idx, positions)
+        for block in self.blocks:
+            x = block(x, positions, document_ids)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def _embed(self, idx, positions):
+        x = self.token_embedding(idx)  # (B, T, C)
+        if self.position_embedding is not None:
+            positions = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
+            x = x + self.position_embedding.embed(positions)
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V), soft-capped where the config says so."""
+        return soft_cap(self.head(hidden), self.config.logit_soft_cap)
+
+    def forward(self, idx, targets=None, positions=None, document_ids=None):
+        """idx (B, T) -> (logits (B, T, V), loss).
+
+        The loss is the mean cross-entropy over targets (B, T) that are not IGNORE_INDEX, None without targets.
+        Training goes through `training_objectives`, which never holds all logits at a large vocabulary.
+        """
+        logits = self.logits(self.hidden_states(idx, positions, document_ids))
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        return logits, loss
+
+    # -- one token at a time
+
+    def init_state(self, batch, device=None, dtype=None):
+        """The state before the first token: one entry per block, and how many tokens it has seen."""
+        device = device or self.head.weight.device
+        dtype = dtype or self.head.weight.dtype
+        return {"length": 0, "blocks": [block.mixer.init_state(batch, device, dtype) for block in self.blocks]}
+
+    def step(self, idx, state):
+        """idx (B, S), the next tokens -> (logits (B, S, V), state)."""
+        new = torch.arange(state["length"], state["length"] + idx.size(1), device=idx.device)
+        x, states = self._embed(idx, new), []
+        for block, before in zip(self.blocks, state["blocks"], strict=True):
+            x, after = block.step(x, before)
+            states.append(after)
+        x = x if self.final_norm is None else self.final_norm(x)
+        return self.logits(x), {"length": state["length"] + idx.size(1), "blocks": states}
+
+    def context_limit(self):
+        """Tokens that generation may look back on: block_size, or None when every block's state has one size for ever."""
+        T = 4 * self.config.block_size
+        grows = any(block.mixer.state_bytes(T) > block.mixer.state_bytes(T // 4) for block in self.blocks)
+        return self.config.block_size if grows or self.position_embedding is not None else None
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True):
+        """idx (B, T) -> (B, T + max_new_tokens), sampled token by token.
+
+        When the context is full, its older half is forgotten and the rest read again, with a cache or without, so that
+        both give the same tokens. temperature=0 takes the likeliest token.
+        """
+        was_training = self.training
+        self.eval()
+        limit = self.context_limit()
+        context, state = idx[:, -limit:] if limit else idx, None
+        for _ in range(max_new_tokens):
+            if limit and context.size(1) > limit:
+                context, state = context[:, -max(1, limit // 2) :], None
+            if not use_cache:
+                logits = self.logits(self.hidden_states(context)[:, -1])
+            elif state is None:
+                logits, state = self.step(context, self.init_state(idx.size(0)))
+            else:
+                logits, state = self.step(context[:, -1:], state)
+            logits = logits[:, -1] if logits.dim() == 3 else logits
+            token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            idx, context = torch.cat((idx, token), dim=1), torch.cat((context, token), dim=1)
+        self.train(was_training)
+        return idx
+
+
+def soft_cap(logits, cap):
+    """cap * tanh(logits / cap) (Gemma 2, section 2); 0 leaves them alone."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """(B, V) -> (B, 1): drawn from the softmax at `temperature`, cut to the top_k likeliest and the nucleus of top_p."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probabilities = torch.softmax(logits, dim=-1)
+    if top_p is not None and top_p < 1:
+        ordered, index = probabilities.sort(dim=-1, descending=True)
+        past = ordered.cumsum(dim=-1) - ordered >= top_p  # the likeliest token always stays
+        probabilities = probabilities.scatter(-1, index, ordered.masked_fill(past, 0.0))
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
+# ---- what goes together ---------------------------------------------------------------------------------------------
+
+
+def check_parts(config):
+    """Refuse parts that cannot honour each other, naming both settings; registry misses name the nearest."""
+    NORM_REGISTRY[config.normalization]
+    encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
+    mixers = {name: MIXER_REGISTRY[name] for name, _ in config.blocks()}
+    for ffn in {ffn for _, ffn in config.blocks()} - {"none"}:
+        FFN_REGISTRY[ffn]
+    for name, mixer in mixers.items():
+        if not config.causal and not mixer.bidirectional:
+            raise UserError(f"causal=False cannot be honoured by '{name}' in block_pattern='{config.block_pattern}'")
+    if encoding.acts_in_attention and not any(config.position_encoding in m.positions for m in mixers.values()):
+        raise UserError(
+            f"position_encoding='{config.position_encoding}' acts inside attention and "
+            f"block_pattern='{config.block_pattern}' has none; use 'none' or 'learned_absolute'"
+        )
+
+
+def unused_options(config):
+    """{option: value} that the user set and no chosen part reads, for the startup report to mention."""
+    parts = [POSITION_ENCODING_REGISTRY[config.position_encoding]]
+    for mixer, ffn in config.blocks():
+        parts += [MIXER_REGISTRY[mixer]] + ([FFN_REGISTRY[ffn]] if ffn != "none" else [])
+    read = {name for part in parts for name in options_of(part)}
+    return {name: value for name, value in config.part_options.items() if name not in read}
+
+
+# ---- the parameter plan ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What is to happen to one parameter; initialisation and the optimizer read nothing else."""
+
+    name: str  # in model.named_parameters()
+    shape: tuple
+    group: str  # token embedding, position embedding, mixer, ffn, norm or head: for the ledger
+    init: str  # normal, residual, zeros, ones, or own: the part does it
+    weight_decay: bool
+    is_matrix: bool  # a linear weight inside a block: what Muon takes
+
+
+def parameter_plan(model):
+    """[ParameterSpec] for every parameter of `model`, from its structure and the declarations on its classes.
+
+    Call it before wrapping: names are those of the bare model.
+
+    Raises:
+        TypeError: a parameter that no rule covers, so that nothing is ever initialised by accident.
+    """
+    declared = _declarations(model)
+    plan = []
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        init = _init_rule(owner, leaf, name, declared)
+        is_vector = parameter.dim() < 2 or name in declared["no_weight_decay"]
+        is_matrix = isinstance(owner, nn.Linear) and leaf == "weight" and "blocks" in path.split(".")
+        plan.append(ParameterSpec(name, tuple(parameter.shape), _group(model, path, owner), init, not is_vector, is_matrix))
+    return plan
+
+
+def _declarations(model):
+    """{'no_weight_decay' | 'own_init' | 'residual_out': full parameter names that some module declares}."""
+    declared = {"no_weight_decay": set(), "own_init": set(), "residual_out": set()}
+    for path, module in model.named_modules():
+        for kind, names in declared.items():
+            names.update(f"{path}.{name}" if path else name for name in getattr(module, kind, ()))
+    return declared
+
+
+def _init_rule(owner, leaf, name, declared):
+    if name in declared["own_init"]:
+        return "own"
+    if name in declared["residual_out"]:
+        return "residual"
+    if isinstance(owner, Norm):
+        return "ones" if leaf == "weight" else "zeros"
+    if isinstance(owner, nn.Linear):
+        return "normal" if leaf == "weight" else "zeros"
+    if isinstance(owner, nn.Embedding):
+        return "normal"
+    raise TypeError(f"{type(owner).__name__}.{leaf} ({name}) has no initialisation: declare it in `own_init`")
+
+
+def _group(model, path, owner):
+    """Which line of the ledger a parameter belongs to."""
+    if isinstance(owner, Norm) or isinstance(owner, ResidualScale):
+        return "norm"
+    words = path.split(".")
+    if words[0] == "blocks":
+        return words[2]  # blocks.3.mixer.qkv
+    return words[0].replace("_", " ")
+
+
+def initialise(model, seed):
+    """Fill every parameter as the plan says. Tensors on the meta device are left alone."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for spec in parameter_plan(model):
+            parameter = parameters[spec.name]
+            if parameter.is_meta or spec.init == "own":
+                continue
+            std = model.config.init_std
+            if spec.init == "residual":
+                std /= math.sqrt(2 * model.config.n_layer)
+            if spec.init in ("zeros", "ones"):
+                parameter.fill_(float(spec.init == "ones"))
+            else:
+                values = torch.empty(spec.shape).normal_(0.0, std, generator=seeded(seed, spec.name))
+                parameter.copy_(values)
+        for path, module in model.named_modules():
+            own = [getattr(module, name, None) for name in getattr(module, "own_init", ())]
+            if any(parameter is not None and not parameter.is_meta for parameter in own):
+                module.init_own_parameters(seeded(seed, path))
+
+
+def seeded(seed, name):
+    """A CPU generator that is a pure function of (seed, name), so that no weight depends on the order of building."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+@contextlib.contextmanager
+def on_meta():
+    """Build without memory, to count."""
+    with torch.device("meta"):
+        yield

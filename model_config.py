@@ -1,0 +1,242 @@
+"""`ModelArchitectureConfig`: what the network is. Presets, sizes, validation, names, JSON. Standard library only.
+
+    config = ModelArchitectureConfig.from_preset('llama', model_size='124M', n_kv_head=4)
+    config.architecture_name()          # '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
+    config.save('llama.json'); ModelArchitectureConfig.load('llama.json') == config
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+from registry import ALL_REGISTRIES, options_of, registered_options
+from user_errors import UserError, did_you_mean
+
+# A preset fixes the nine options, so that a later preset replaces an earlier one entirely.
+_GPT2 = dict(
+    normalization="layernorm", activation="gelu", position_encoding="learned_absolute", attention_backend="sdpa",
+    norm_position="pre", ffn_type="standard", bias=True, weight_tying=True, dropout=0.0,
+)  # fmt: skip
+_LLAMA = dict(
+    normalization="rmsnorm", activation="silu", position_encoding="rope", attention_backend="sdpa",
+    norm_position="pre", ffn_type="swiglu", bias=False, weight_tying=False, dropout=0.0,
+)  # fmt: skip
+PRESETS = {
+    "custom": {},
+    "gpt2": _GPT2,  # Radford et al. 2019: pre-norm, and so is this
+    "gpt2_postnorm": {**_GPT2, "norm_position": "post"},  # what some comparison tables call GPT-2
+    "llama": _LLAMA,  # Touvron et al. 2023
+    "team": _LLAMA,  # another name of the same
+    "hybrid": {**_GPT2, "position_encoding": "rope"},  # RoPE + LayerNorm + GELU + pre-norm
+}
+
+# Named by what they are with a GELU block of 12 n_embd^2 weights, and from 124M on with GPT-2's 50,257 tokens.
+SIZES = {
+    "1M": dict(n_layer=4, n_head=4, n_embd=128),
+    "5M": dict(n_layer=6, n_head=4, n_embd=256),
+    "10M": dict(n_layer=6, n_head=6, n_embd=384),  # nanoGPT's Shakespeare model
+    "124M": dict(n_layer=12, n_head=12, n_embd=768),  # GPT-2 small
+    "350M": dict(n_layer=24, n_head=16, n_embd=1024),  # GPT-2 medium
+    "1B": dict(n_layer=18, n_head=16, n_embd=2048),  # 18 x 50.3M, and 103M of embedding
+}
+
+GPT2_VOCAB_SIZE = 50257  # where no dataset says otherwise
+
+
+@dataclass(frozen=True)
+class ModelArchitectureConfig:
+    # -- what to start from
+    arch_preset: str = "custom"  # gpt2, gpt2_postnorm, llama, team, hybrid, or custom: the values below as they stand
+    model_size: str | None = None  # 1M, 5M, 10M, 124M, 350M, 1B: sets n_layer, n_head and n_embd
+
+    # -- shape
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads (of the queries; n_kv_head may be fewer)
+    n_embd: int = 128  # width of the residual stream
+    block_size: int = 256  # context in tokens
+    vocab_size: int | None = None  # None takes the dataset's; GPT-2's 50257 where there is no dataset
+
+    # -- the nine options
+    normalization: str = "layernorm_nobias"  # layernorm, layernorm_nobias, rmsnorm
+    activation: str = "gelu"  # gelu, gelu_tanh, silu, relu, leaky_relu, relu2; used by ffn_type=standard
+    position_encoding: str = "learned_absolute"  # learned_absolute, rope, alibi, none
+    attention_backend: str = "sdpa"  # sdpa, flex, or manual: the equation written out
+    norm_position: str = "pre"  # pre, post, or sandwich: before and after each branch
+    ffn_type: str = "standard"  # standard, swiglu, geglu
+    bias: bool = False  # biases in the linear layers
+    weight_tying: bool = True  # the output head shares the token embedding
+    dropout: float = 0.0  # on the embedding, attention weights and both branches
+
+    # -- blocks
+    block_pattern: str = "attention"  # mixers tiled over the depth, 'a,b,a'; 'a/none' leaves the FFN out, 'a/swiglu' picks one
+    parallel_blocks: bool = False  # mixer and FFN read the same norm and are added together (PaLM)
+    residual_scaling: str = "none"  # none, depth: branches / sqrt(2 n_layer), learned: a gain per channel (LayerScale)
+    causal: bool = True  # a token sees only the tokens before it
+
+    # -- numbers
+    norm_eps: float = 1e-5  # added to the variance
+    init_std: float = 0.02  # of weights; what writes to the residual stream gets / sqrt(2 n_layer) (GPT-2)
+    logit_soft_cap: float = 0.0  # cap * tanh(logits / cap), as in Gemma 2; 0 is off
+
+    # -- what parts declare for themselves
+    part_options: dict = field(default_factory=dict)  # options set away from their defaults
+
+    def __post_init__(self):
+        validate(self)
+
+    @classmethod
+    def from_preset(cls, name, **changes):
+        """A preset by name with `changes` on top; part options (n_kv_head=2) are given like any other setting."""
+        return cls(arch_preset=name, **changes)
+
+    def replace(self, **changes):
+        """A copy with `changes`; a new preset or size brings its values along."""
+        changes = expand_preset(changes)
+        options = {**self.part_options, **changes.pop("part_options", {})}
+        return dataclasses.replace(self, part_options=options, **changes)
+
+    def options_for(self, part):
+        """Namespace of `part`'s own options: its defaults, under what the user set."""
+        options = options_of(part)
+        return SimpleNamespace(**{name: self.part_options.get(name, o.default) for name, o in options.items()})
+
+    def blocks(self):
+        """[(mixer name, FFN name or 'none')] for each layer: block_pattern tiled over n_layer."""
+        pattern = []
+        for entry in self.block_pattern.split(","):
+            mixer, _, ffn = entry.strip().partition("/")
+            pattern.append((mixer, ffn or self.ffn_type))
+        return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
+
+    def architecture_name(self):
+        """Such as '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'."""
+        mixers = list(dict.fromkeys(mixer for mixer, _ in self.blocks()))
+        ffns = list(dict.fromkeys(ffn for _, ffn in self.blocks()))
+        words = [f"{self.n_layer}L"]
+        if "attention" in mixers:
+            words.append(f"{self.n_head}H")
+        words.append(f"{self.n_embd}D")
+        if mixers != ["attention"]:
+            words.append("+".join(_LABELS.get(mixer, mixer) for mixer in mixers))
+        words += [_LABELS.get(self.position_encoding, self.position_encoding)]
+        words += [_LABELS.get(self.normalization, self.normalization)]
+        words += ["+".join(_LABELS.get(self.activation if ffn == "standard" else ffn, ffn) for ffn in ffns)]
+        words += [_LABELS.get(self.norm_position, self.norm_position)]
+        return "-".join(words)
+
+    def summary(self):
+        """The settings as lines 'name = value', for people."""
+        values = {**self.to_dict(), **self.part_options}
+        values.pop("part_options")
+        return "\n".join(f"{name} = {value}" for name, value in values.items())
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values):
+        """The config that `to_dict` wrote.
+
+        Raises:
+            UserError: a key that no version of this config has had.
+        """
+        return cls(**values)
+
+    def save(self, path):
+        """Write JSON; an existing file is refused rather than overwritten."""
+        path = Path(path)
+        if path.exists():
+            raise UserError(f"{path} exists; choose another name or move it away")
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path):
+        """Read what `save` wrote."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as a model config: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path} cannot be read as a model config: it holds no JSON object")
+        return cls.from_dict(values)
+
+
+_LABELS = {
+    "learned_absolute": "Learned", "rope": "RoPE", "alibi": "ALiBi", "none": "NoPos",
+    "layernorm": "LN", "layernorm_nobias": "LNnb", "rmsnorm": "RMS",
+    "gelu": "GELU", "gelu_tanh": "GELUtanh", "silu": "SiLU", "relu": "ReLU", "leaky_relu": "LeakyReLU", "relu2": "ReLU2",
+    "swiglu": "SwiGLU", "geglu": "GEGLU",
+    "pre": "PreNorm", "post": "PostNorm", "sandwich": "SandwichNorm",
+}  # fmt: skip
+
+
+def expand_preset(values):
+    """`values` with what their arch_preset and model_size stand for laid beneath them.
+
+    Raises:
+        UserError: an unknown preset or size.
+    """
+    preset, size = values.get("arch_preset"), values.get("model_size")
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"arch_preset={preset!r} does not exist{did_you_mean(preset, PRESETS)} (known: {', '.join(PRESETS)})")
+    if size is not None and size not in SIZES:
+        raise UserError(f"model_size={size!r} does not exist{did_you_mean(size, SIZES)} (known: {', '.join(SIZES)})")
+    return {**PRESETS.get(preset, {}), **SIZES.get(size, {}), **values}
+
+
+FIELDS = {field_.name: field_ for field_ in dataclasses.fields(ModelArchitectureConfig)}
+_dataclass_init = ModelArchitectureConfig.__init__
+
+
+def _init(self, **values):
+    """Presets and sizes mean what they say however a config is made, and part options are given by name."""
+    values = expand_preset(values)
+    options = dict(values.pop("part_options", {}))
+    for name in [name for name in values if name not in FIELDS]:
+        known = registered_options()
+        if name not in known:
+            raise UserError(f"'{name}' is not a setting of the model{did_you_mean(name, [*FIELDS, *known])}")
+        options[name] = values.pop(name)
+    _dataclass_init(self, **values, part_options=options)
+
+
+ModelArchitectureConfig.__init__ = _init
+
+
+def validate(config):
+    """Refuse what no model can be; names are checked where registries are filled (importing model_builder fills them)."""
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"dropout={config.dropout} must lie in [0, 1)")
+    for name in ("norm_eps", "init_std"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name}={getattr(config, name)} must be above 0")
+    if config.logit_soft_cap < 0:
+        raise UserError(f"logit_soft_cap={config.logit_soft_cap} must be above 0, or 0 for none")
+    _check_choice("norm_position", config.norm_position, ("pre", "post", "sandwich"))
+    _check_choice("residual_scaling", config.residual_scaling, ("none", "depth", "learned"))
+    if config.parallel_blocks and config.norm_position == "post":
+        raise UserError("parallel_blocks=True needs one norm before both branches; norm_position='post' has none there")
+    for setting in ("normalization", "activation", "position_encoding", "attention_backend"):
+        _check_registered(setting, getattr(config, setting))
+    for mixer, ffn in config.blocks():
+        _check_registered("mixer", mixer, "block_pattern")
+        if ffn != "none":
+            _check_registered("ffn_type", ffn)
+
+
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        raise UserError(f"{name}={value!r} does not exist{did_you_mean(value, allowed)} (known: {', '.join(allowed)})")
+
+
+def _check_registered(registry_name, value, setting=None):
+    registry = ALL_REGISTRIES.get(registry_name)
+    if registry and value not in registry:
+        known = ", ".join(sorted(registry))
+        raise UserError(f"{setting or registry_name}={value!r} does not exist{did_you_mean(value, registry)} (known: {known})")

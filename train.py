@@ -1,0 +1,244 @@
+"""Train one architecture.
+
+    python train.py                                                     # a 1M-parameter model, minutes on a laptop
+    python train.py config/arch_llama.py --max_iters=500                # another architecture, the same tokens
+    python train.py config/arch_gpt2.py config/size_124M.py config/data_openwebtext.py
+    torchrun --nproc_per_node=8 train.py config/arch_llama.py config/size_124M.py --gradient_accumulation_steps=40
+
+    python train.py --init_from=resume --run_name=NAME                  # continue where a run stopped
+    python train.py --help                                              # every setting
+
+It leaves runs/<run_name>/ behind: config.json, metrics.jsonl, training_log.json, summary.json, metrics.csv, a plot,
+TensorBoard files and checkpoints. `python compare_architectures.py --latest 2` compares the last two runs and
+`python sample.py --run_name=NAME` writes text.
+"""
+
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+T_START = time.perf_counter()
+
+import torch  # noqa: E402
+
+import configurator  # noqa: E402
+import training_checkpoint as checkpoint  # noqa: E402
+import training_logger as logging  # noqa: E402
+import training_parallel as parallel  # noqa: E402
+from model_builder import ConfigurableGPT, parameter_plan, unused_options  # noqa: E402
+from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
+from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset  # noqa: E402
+from training_ledger import Ledger  # noqa: E402
+from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, validation_scores  # noqa: E402
+from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
+from training_report import startup_report  # noqa: E402
+from user_errors import UserError, exit_on_user_error  # noqa: E402
+
+
+@exit_on_user_error
+def main(arguments):
+    if "--help" in arguments or "-h" in arguments:
+        return print(configurator.help_text(__doc__))
+
+    # ---- settings, and where to run ------------------------------------------------------------------------------------
+    settings = configurator.read_settings(arguments)
+    is_resumed = settings.train.init_from == "resume"
+    if is_resumed:
+        settings = configurator.resume(arguments)
+    config = settings.train
+    place = parallel.find_place(config)
+    torch.manual_seed(config.seed + place.rank)  # for dropout alone: weights and data have seeds of their own
+
+    # ---- data: the same tokens in the same order for every architecture ----------------------------------------------------
+    check_split(config.sequences_per_step, config.batch_size, place.world_size)
+    dataset = load_dataset(config, may_prepare=place.local_rank == 0, quiet=not place.is_main)
+    settings = configurator.with_vocabulary(settings, dataset.vocab_size)
+    dataset.check_vocab(settings.model.vocab_size)
+    block_size = settings.model.block_size
+    stream = BatchStream(dataset, block_size, config.sequences_per_step, config.seed)
+    validation = ValidationSet(dataset, block_size, config.eval_iters * config.batch_size or None)
+    total_steps = config.total_steps(stream.tokens_per_step, stream.steps_per_epoch)
+
+    # ---- model, objective, optimizer ------------------------------------------------------------------------------------------
+    model = ConfigurableGPT(settings.model, config.seed)
+    plan = parameter_plan(model)
+    flops = flops_per_token(model)
+    ledger = Ledger(stream.tokens_per_step, flops.training, stream.initial_hash)
+    model.to(place.device)
+    objective = OBJECTIVE_REGISTRY[config.objective](model, config)
+    optimizers = OPTIMIZER_REGISTRY[config.optimizer](plan, dict(model.named_parameters()), config, place.device)
+    schedule = build_schedule(config, total_steps)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == "float16")
+
+    # ---- the run folder, new or taken up again ----------------------------------------------------------------------------------
+    if is_resumed:
+        folder = Path(config.runs_dir) / config.run_name
+        saved_at = checkpoint.find_checkpoint(folder, config.resume_step)
+        checkpoint.read_metadata(saved_at)  # refuses damaged files
+        checkpoint.load_model(model, saved_at)
+        saved = checkpoint.load_training_state(saved_at)
+        checkpoint.restore_optimizers(optimizers, saved["optimizers"], saved_at)
+        scaler.load_state_dict(saved["scaler"])
+        if saved["ledger"]["step"] >= total_steps:
+            raise UserError(f"run '{config.run_name}' is at step {saved['ledger']['step']} of {total_steps}; to go on, raise --max_iters")
+        ledger.restore(saved["ledger"], logging.rewind_metrics(folder, saved["ledger"]["step"], place.is_main))
+    else:
+        folder = logging.new_run_folder(settings, dataset.name)
+
+    # ---- compile, then distribute ---------------------------------------------------------------------------------------------
+    module, compiled = objective, "off"
+    if parallel.wants_compile(config, place):
+        module, compiled = parallel.compile_module(objective, stream.batches(0, 0, 1, config.batch_size)[0], place)
+    module = parallel.wrap(module, place)
+
+    # ---- say what is about to happen --------------------------------------------------------------------------------------------
+    peak = hardware_peak(place.device, place.precision)
+    resolved = {
+        "device": str(place.device), "device_name": place.device_name(), "world_size": place.world_size,
+        "dtype": place.dtype, "tf32": place.tf32, "compile": compiled, "threads": torch.get_num_threads(),
+        "kernels": {"attention": settings.model.attention_backend}, "max_iters": total_steps,
+        "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second, "peak_source": peak.source,
+    }  # fmt: skip
+    command = " ".join(["python", "train.py", *map(shlex.quote, arguments)])
+    log = logging.SilentLogger()
+    if place.is_main:
+        record = logging.config_record(settings, folder.name, model, flops, dataset, validation, resolved, command)
+        log = logging.RunLogger(folder, settings, record, total_steps)
+        log.say(startup_report(model, flops, peak, place, settings, dataset, resolved, unused_options(settings.model)))
+        log.say(f"{'folder':<12} {folder}, ready after {time.perf_counter() - T_START:.1f} s\n")
+
+    def save():
+        """Write the checkpoint of this step, unless it exists."""
+        if place.is_main and not (folder / f"checkpoint-{ledger.step}").exists():
+            state = {
+                "ledger": ledger.state(), "optimizers": checkpoint.optimizer_state(optimizers), "scaler": scaler.state_dict(),
+                "random_state": checkpoint.random_state(place.device),
+            }  # fmt: skip
+            checkpoint.save_checkpoint(folder, model, state, logging.metadata_record(settings, folder.name, ledger, stream))
+            checkpoint.prune(folder, config.keep_checkpoints, {ledger.best().get("step"), ledger.step})
+
+    def evaluate():
+        """Score the fixed validation windows and keep the result."""
+        t0 = time.perf_counter()
+        scores = validation_scores(objective, validation, config.batch_size, place)
+        seconds = time.perf_counter() - t0
+        ledger.eval_seconds += seconds
+        row = {"kind": "eval", "step": ledger.step, "tokens_processed": ledger.tokens_processed, **scores,
+               "train_seconds": ledger.train_seconds, "flops": ledger.flops, "seconds": seconds}  # fmt: skip
+        ledger.evaluations.append(row)
+        log.evaluation(row, is_best=ledger.best() is row)
+
+    def finish(status, **kwargs):
+        """Close every file; the numbers of the run are in summary.json from here on."""
+        log.finish(ledger.summary(status) | logging.size_and_speed(model, ledger, peak, place), flops, **kwargs)
+        parallel.leave_place(place)
+
+    if config.eval_only:
+        evaluate()
+        return finish("evaluated")
+
+    # ---- the loop -----------------------------------------------------------------------------------------------------------------
+    to_evaluate = checkpoint.evaluation_steps(total_steps, config.eval_interval)
+    to_save = checkpoint.checkpoint_steps(total_steps, config.save_interval)
+    parameters = list(model.parameters())
+    if is_resumed:
+        checkpoint.restore_random_state(saved["random_state"], place.device)
+        if ledger.step in to_evaluate and not ledger.evaluated_at(ledger.step):
+            evaluate()  # the run stopped between saving and evaluating
+    loader = Prefetcher(stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches,
+                        place.rank, place.world_size, place.device)  # fmt: skip
+    stop = checkpoint.StopSignals()
+    in_a_row, status = 0, "finished"
+    t_loop, first_step = time.perf_counter(), ledger.step
+    since_log = {"steps": 0, "seconds": 0.0, "wait": 0.0}
+
+    while ledger.step < total_steps:
+        t0 = time.perf_counter()
+        micro_batches, wait = loader.next()
+        learning_rate = set_learning_rate(optimizers, schedule(ledger.step))
+
+        # The loss of a step is one mean over all its supervised tokens, however they are split into micro-batches and ranks.
+        n_tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in micro_batches)
+        n_tokens = parallel.sum_over_ranks(n_tokens, place)
+        nats = 0.0
+        for index, batch in enumerate(micro_batches):
+            with parallel.gradient_sync(module, is_last=index + 1 == len(micro_batches)):
+                with place.autocast():
+                    sums = module(batch)
+                scaler.scale(sums["loss"] * (place.world_size / n_tokens)).backward()  # DDP takes the mean over ranks
+            nats = nats + sums["nats"]
+        loss = parallel.sum_over_ranks(nats, place) / n_tokens
+
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        grad_norm = clip_gradients(parameters, config.grad_clip)
+        loss, grad_norm, n_tokens = parallel.to_host([loss, grad_norm, n_tokens], place)
+        is_finite = math.isfinite(loss + grad_norm)
+        if is_finite:
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+        scaler.update()
+        ledger.step += 1
+        stats = {}
+        if config.layer_stats_interval and ledger.step % config.layer_stats_interval == 0:
+            stats = logging.layer_stats(model)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+        # -- the ledger
+        seconds = time.perf_counter() - t0
+        ledger.train_seconds += seconds
+        ledger.tokens_supervised += round(n_tokens)
+        ledger.stream_hash = stream.hash_after(ledger.step - 1, ledger.stream_hash)
+        ledger.non_finite_steps += not is_finite
+        in_a_row = 0 if is_finite else in_a_row + 1
+        since_log = {"steps": since_log["steps"] + 1, "seconds": since_log["seconds"] + seconds, "wait": since_log["wait"] + wait}
+
+        # -- log, save, evaluate: in this order, so that a crash in an evaluation loses nothing
+        is_last = ledger.step == total_steps
+        if is_last or stats or ledger.step % config.log_interval == 0 or ledger.step == first_step + 1:
+            speed = stream.tokens_per_step * since_log["steps"] / since_log["seconds"]
+            row = {
+                "kind": "train", "step": ledger.step, "tokens_processed": ledger.tokens_processed, "loss": loss,
+                "learning_rate": learning_rate, "grad_norm": grad_norm, "seconds": since_log["seconds"] / since_log["steps"],
+                "tokens_per_second": speed, "mfu": mfu(flops.training, speed, peak, place.world_size),
+                "data_wait": since_log["wait"] / since_log["seconds"], "train_seconds": ledger.train_seconds,
+                "epoch": stream.epoch(ledger.step), "non_finite_steps": ledger.non_finite_steps,
+                "peak_memory_bytes": parallel.peak_memory_bytes(place), **stats,
+            }  # fmt: skip
+            if ledger.step > first_step + 1:
+                ledger.speeds.append(speed)
+            eta = (time.perf_counter() - t_loop) / (ledger.step - first_step) * (total_steps - ledger.step)
+            log.train(row, eta)
+            since_log = {"steps": 0, "seconds": 0.0, "wait": 0.0}
+        if ledger.step in to_save:
+            save()
+        if ledger.step in to_evaluate:
+            evaluate()
+            log.write_summary(ledger.summary("running"))
+        if in_a_row >= config.max_non_finite_steps:
+            status = "failed"
+            break
+        if not is_last and parallel.any_rank(stop.received, place):
+            save()
+            status = "interrupted"
+            break
+
+    # ---- the end ------------------------------------------------------------------------------------------------------------------
+    loader.close()
+    if status == "finished" and config.sample_tokens and place.is_main:
+        log.sample(model, dataset, config.sample_tokens, config.seed)
+    finish(status, plot=config.plot)
+    if status == "interrupted":
+        log.say(f"stopped by {stop.name} at step {ledger.step}; continue with --init_from=resume --run_name={folder.name}")
+    if status == "failed":
+        raise UserError(
+            f"loss or gradient was not finite {in_a_row} steps in a row, to step {ledger.step}; lower learning_rate={config.learning_rate} "
+            f"and continue with --init_from=resume --run_name={folder.name}, or raise max_non_finite_steps={config.max_non_finite_steps}"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

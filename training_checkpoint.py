@@ -1,0 +1,263 @@
+"""Checkpoints: when they are due, written whole or not at all, read back with every byte checked.
+
+    runs/<name>/checkpoint-5000/
+      model.safetensors     unsharded and unprefixed: loads on a laptop, whatever trained it
+      training_state.pt     optimizer by parameter name, random state, scaler, stream (loads with weights_only=True)
+      metadata.json         step, token counters, both configs, checksums
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from user_errors import UserError
+
+FORMAT = 1
+
+
+# ---- when -------------------------------------------------------------------------------------------------------------
+
+
+def evaluation_steps(total_steps, interval, halvings=3):
+    """Steps to evaluate after: multiples of the interval, its last few halvings before it (early learning is fast), the end."""
+    early = {interval // 2**power for power in range(1, halvings + 1)} - {0}
+    regular = range(interval, total_steps + 1, interval)
+    return {step for step in {*early, *regular, total_steps} if step <= total_steps}
+
+
+def checkpoint_steps(total_steps, interval):
+    """Steps to save after: multiples of the interval (0: none) and the end."""
+    return {*(range(interval, total_steps + 1, interval) if interval else ()), total_steps}
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, data):
+    """Write bytes so that `path` holds either all of them or what it held before."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("utf-8"))
+
+
+def save_checkpoint(run_folder, model, training_state, metadata):
+    """Write `checkpoint-<step>` under a temporary name, sync it, rename it: a folder that exists is whole.
+
+    Args:
+        model: the bare ConfigurableGPT.
+        training_state: of tensors, numbers, strings, lists and dicts, so that it loads with weights_only=True.
+        metadata: JSON-ready; `global_step` names the folder, checksums are added here.
+    """
+    target = Path(run_folder) / f"checkpoint-{metadata['global_step']}"
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(model_tensors(model), temporary / "model.safetensors")
+    torch.save(training_state, temporary / "training_state.pt")
+    checksums = {name: sha256(temporary / name) for name in ("model.safetensors", "training_state.pt")}
+    write_json(temporary / "metadata.json", {"format": FORMAT, **metadata, "checksums": checksums})
+    for path in temporary.iterdir():
+        _sync(path)
+    if target.exists():  # written before the interruption that this run resumed from; the same step, the same weights
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+    _sync(target.parent)
+    return target
+
+
+def _sync(path):
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot sync a folder
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def model_tensors(model):
+    """{name: contiguous CPU tensor}, a tied tensor once, under its first name."""
+    seen, tensors = set(), {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def optimizer_state(optimizers):
+    """[{parameter name: {'exp_avg': tensor, ...}}] per optimizer: names survive a change of grouping or of ranks."""
+    return [
+        {name: dict(optimizer.state[parameter]) for group in optimizer.param_groups
+         for name, parameter in zip(group["names"], group["params"], strict=True) if parameter in optimizer.state}
+        for optimizer in optimizers
+    ]  # fmt: skip
+
+
+def prune(run_folder, keep, always_keep=()):
+    """Remove all but the `keep` latest checkpoints (0 keeps all) and those of the steps in `always_keep`."""
+    folders = list_checkpoints(run_folder)
+    for step, folder in folders[:-keep] if keep else []:
+        if step not in always_keep:
+            shutil.rmtree(folder)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(run_folder):
+    """[(step, folder)] of a run, earliest first."""
+    found = []
+    for folder in Path(run_folder).glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
+            found.append((int(match[1]), folder))
+    return sorted(found)
+
+
+def find_checkpoint(run_folder, step=None):
+    """The folder of a run's checkpoint at `step`, or its latest.
+
+    Raises:
+        UserError: no such run, no checkpoint, or not at that step.
+    """
+    run_folder = Path(run_folder)
+    if not run_folder.is_dir():
+        raise UserError(f"there is no run at {run_folder}; `ls {run_folder.parent}` shows those there are")
+    found = dict(list_checkpoints(run_folder))
+    if not found:
+        raise UserError(f"run {run_folder} has no checkpoint yet; start it again under another run_name")
+    if step is None:
+        return found[max(found)]
+    if step not in found:
+        raise UserError(f"run {run_folder} has no checkpoint at step {step}; it has {', '.join(map(str, sorted(found)))}")
+    return found[step]
+
+
+def read_metadata(folder):
+    """metadata.json of a checkpoint, its files' checksums verified.
+
+    Raises:
+        UserError: a missing, unreadable or altered file, naming another checkpoint to go on from.
+    """
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        checksums = metadata["checksums"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _corrupt(folder, "metadata.json cannot be read") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{folder} has format {metadata.get('format')!r} and this version reads {FORMAT}")
+    for name, checksum in checksums.items():
+        if not (folder / name).is_file():
+            raise _corrupt(folder, f"{name} is missing")
+        if sha256(folder / name) != checksum:
+            raise _corrupt(folder, f"{name} does not match its checksum")
+    return metadata
+
+
+def _corrupt(folder, what):
+    others = [step for step, other in list_checkpoints(folder.parent) if other != folder]
+    remedy = f"go on from another with --resume_step={others[-1]}" if others else "the run has no other checkpoint"
+    return UserError(f"checkpoint {folder} is damaged: {what}; {remedy}")
+
+
+def load_model(model, folder):
+    """Fill a bare ConfigurableGPT from model.safetensors, the tied tensor included.
+
+    Raises:
+        UserError: tensors of another architecture.
+    """
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _corrupt(folder, f"model.safetensors cannot be read ({error})") from None
+    own = model.state_dict()
+    for name in own.keys() & tensors.keys():
+        if own[name].shape != tensors[name].shape:
+            raise UserError(
+                f"checkpoint {folder} is of another architecture: {name} is {tuple(tensors[name].shape)} there "
+                f"and {tuple(own[name].shape)} here"
+            )
+    expected = set(model_tensors(model))
+    if expected != set(tensors):
+        odd = sorted(expected ^ set(tensors))[0]
+        raise UserError(f"checkpoint {folder} is of another architecture: {odd} is in one and not in the other")
+    model.load_state_dict(tensors, strict=False)  # tied names share the tensor that is loaded
+
+
+def load_training_state(folder, device="cpu"):
+    """The dict given to `save_checkpoint`, read without running any code that the file might hold."""
+    try:
+        return torch.load(folder / "training_state.pt", map_location=device, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise _corrupt(folder, f"training_state.pt cannot be read ({type(error).__name__})") from None
+
+
+def restore_optimizers(optimizers, saved, folder):
+    """Put the state of `optimizer_state` back, each tensor to its parameter by name."""
+    if len(saved) != len(optimizers):
+        raise UserError(f"{folder} was trained with another optimizer; resume with the one it had")
+    for optimizer, states in zip(optimizers, saved, strict=True):
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                if name in states:
+                    optimizer.state[parameter] = {
+                        key: value.to(parameter.device) if torch.is_tensor(value) else value
+                        for key, value in states[name].items()
+                    }
+
+
+def random_state(device):
+    """The global generators' state, which dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state, device):
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+# ---- leaving --------------------------------------------------------------------------------------------------------------
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask the loop to save and leave after the step in progress; a second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.received = None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._note)
+
+    def _note(self, signum, frame):
+        if self.received == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
+        self.name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name

@@ -1,0 +1,173 @@
+"""`TrainConfig`: everything about a run that is not the architecture. Standard library only.
+
+The order below is the order of `--help`. Every field has a trailing reason; `configurator.py` reads these comments.
+Options of optimizers, schedules and objectives are declared by those parts themselves and travel in `part_options`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from types import SimpleNamespace
+
+from registry import options_of
+from user_errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # -- the run
+    run_name: str | None = None  # folder under runs_dir; None makes one from the architecture, dataset and seed
+    runs_dir: str = "runs"  # where run folders are written
+    seed: int = 1337  # decides the initial weights and the order of the data
+    init_from: str = "scratch"  # 'scratch', or 'resume' to continue the run called run_name
+    resume_step: int | None = None  # with init_from=resume: which checkpoint; None takes the latest
+
+    # -- data
+    dataset: str = "python_stdlib"  # a folder under data_dir; prepared on first use when it ships a prepare.py
+    data_dir: str = "data"  # where datasets live
+    tokenizer: str | None = None  # byte, char, gpt2, bpe, unigram, wordpiece; None takes the dataset's own
+    tokenizer_vocab_size: int | None = None  # for tokenizers trained here (bpe, unigram, wordpiece)
+    variant: str | None = None  # which size of a dataset, e.g. small or full for tinystories
+    input: str | None = None  # a local file or folder to prepare the dataset from, instead of a download
+    prefetch_batches: int = 2  # steps of data read ahead by a thread; 0 reads in the training loop
+
+    # -- objective
+    objective: str = "causal_lm"  # what the loss is
+    z_loss: float = 0.0  # weight of log(Z)^2, which keeps logits from drifting; PaLM uses 1e-4
+    loss_chunk_elements: int = 2**24  # logits held at once by the loss; past this it works in chunks of rows
+
+    # -- size of a step and length of the run
+    batch_size: int = 12  # sequences per micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches per step for the whole job, divided among the ranks
+    max_iters: int | None = 2000  # length in steps
+    max_tokens: int | None = None  # length in tokens, rounded up to whole steps; takes the place of max_iters
+    epochs: float | None = None  # length in passes over the training split; takes the place of max_iters
+
+    # -- optimizer
+    optimizer: str = "adamw"  # adamw, or muon for matrices with adamw for the rest
+    learning_rate: float = 1e-3  # peak
+    weight_decay: float = 0.1  # on matrices and embeddings; never on norms, biases or what a part exempts
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.99  # of the second; a bit high, because small batches make it noisy
+    adam_eps: float = 1e-8  # added to the root of the second moment
+    grad_clip: float = 1.0  # the global norm of the gradient is clipped to this; 0 leaves it alone
+    max_non_finite_steps: int = 10  # in a row, before the run stops; each one is skipped and counted
+
+    # -- learning rate schedule
+    schedule: str = "cosine"  # cosine, linear, wsd or constant
+    decay_lr: bool = True  # False keeps learning_rate after the warm-up, as schedule=constant does
+    warmup_iters: int = 100  # steps of linear warm-up
+    lr_decay_iters: int | None = None  # where the decay ends; None is the end of the run
+    min_lr: float | None = None  # where the decay ends; None is a tenth of learning_rate
+
+    # -- place and precision
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto takes the best that is there
+    dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler); auto is float32 on CPU
+    tf32: bool = True  # let CUDA multiply float32 matrices in TF32
+    compile: bool | str = "auto"  # torch.compile; auto is on for CUDA and off elsewhere
+    threads: int = 0  # CPU threads; 0 leaves torch's choice
+
+    # -- evaluation
+    eval_interval: int = 250  # steps between evaluations; a few more come early, at halvings of this
+    eval_iters: int = 20  # validation batches of batch_size, the same windows every time; 0 is the whole split
+    eval_only: bool = False  # evaluate once and leave
+    sample_tokens: int = 200  # length of the sample of text at the end; 0 for none
+
+    # -- checkpoints
+    checkpoint_interval: int | None = None  # steps between checkpoints; None is eval_interval, 0 only at the end
+    keep_checkpoints: int = 2  # how many of the latest stay, beside the best and the last; 0 keeps all
+
+    # -- logging
+    log_interval: int = 10  # steps between lines
+    layer_stats_interval: int = 0  # steps between per-layer gradient and weight norms; 0 for none
+    tensorboard: bool = True  # write event files into the run folder
+    wandb_log: bool = False  # log to Weights & Biases (pip install wandb)
+    wandb_project: str = "nanoarch"  # project on Weights & Biases
+    wandb_run_name: str | None = None  # None is the run's name
+    plot: bool = True  # draw the loss at the end
+
+    # -- what parts declare for themselves
+    part_options: dict = field(default_factory=dict)  # options of the optimizer, schedule and objective
+
+    def __post_init__(self):
+        validate(self)
+
+    @property
+    def sequences_per_step(self):
+        """Sequences in one optimizer step of the whole job, over all ranks and micro-batches."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def save_interval(self):
+        """Steps between checkpoints; 0 saves at the end alone."""
+        return self.eval_interval if self.checkpoint_interval is None else self.checkpoint_interval
+
+    @property
+    def min_learning_rate(self):
+        """Where the schedule ends."""
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    def total_steps(self, tokens_per_step, steps_per_epoch):
+        """The run's length in whole steps, from whichever of max_tokens, epochs and max_iters was set."""
+        if self.max_tokens is not None:
+            return math.ceil(self.max_tokens / tokens_per_step)
+        if self.epochs is not None:
+            return max(1, math.ceil(self.epochs * steps_per_epoch))
+        return self.max_iters
+
+    def options_for(self, part):
+        """Namespace of `part`'s own options: its defaults, under what the user set."""
+        options = options_of(part)
+        return SimpleNamespace(**{name: self.part_options.get(name, o.default) for name, o in options.items()})
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+def validate(config):
+    """Refuse values that cannot be meant, each with a sentence that names the setting and its value."""
+    at_least = {
+        "batch_size": 1, "gradient_accumulation_steps": 1, "eval_interval": 1, "log_interval": 1,
+        "eval_iters": 0, "keep_checkpoints": 0, "prefetch_batches": 0, "warmup_iters": 0, "sample_tokens": 0,
+        "layer_stats_interval": 0, "max_non_finite_steps": 1, "threads": 0, "loss_chunk_elements": 1, "seed": 0,
+        "weight_decay": 0, "grad_clip": 0, "z_loss": 0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        value = getattr(config, name)
+        if not value >= least:
+            raise UserError(f"{name}={value} must be at least {least}")
+    for name in ("learning_rate", "adam_eps"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name}={getattr(config, name)} must be above 0")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must lie in [0, 1)")
+    for name in ("max_iters", "max_tokens", "epochs", "lr_decay_iters", "tokenizer_vocab_size"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name}={value} must be above 0, or None")
+    if config.checkpoint_interval is not None and config.checkpoint_interval < 0:
+        raise UserError(f"checkpoint_interval={config.checkpoint_interval} must be 0 or more, or None")
+    if config.min_lr is not None and config.min_lr > config.learning_rate:
+        raise UserError(
+            f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}; lower it, or leave it None"
+        )
+    if config.max_tokens is not None and config.epochs is not None:
+        raise UserError(f"max_tokens={config.max_tokens} and epochs={config.epochs} both set the length; keep one")
+    if config.max_iters is None and config.max_tokens is None and config.epochs is None:
+        raise UserError("the run has no length: set one of max_iters, max_tokens or epochs")
+    choices = {
+        "dtype": ("auto", "float32", "bfloat16", "float16"),
+        "compile": (True, False, "auto"),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"{name}={getattr(config, name)!r} must be one of {', '.join(map(str, allowed))}")
+    if config.run_name is not None and (not config.run_name.strip() or set(config.run_name) & set('/\\:*?"<>|')):
+        raise UserError(f"run_name={config.run_name!r} must be a plain folder name without / \\ : * ? \" < > |")
+    if config.init_from == "resume" and config.run_name is None:
+        raise UserError("init_from=resume needs run_name=NAME, the run to continue")

@@ -1,0 +1,412 @@
+"""What a run says and leaves behind: a progress line, the metrics files, a plot, TensorBoard, wandb.
+
+`metrics.jsonl` is the source of truth, one flushed line per logged step and evaluation. `training_log.json`,
+`metrics.csv` and the plot are made from it at the end, so that they can never disagree with it.
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from configurator import save_sources
+from model_flops import active_parameters, mfu, parameters_by_group
+from training_checkpoint import write_atomically, write_json
+from training_parallel import peak_memory_bytes
+from training_report import human_count, human_seconds
+from user_errors import UserError
+
+FORMAT = 1
+
+
+# ---- the run folder -----------------------------------------------------------------------------------------------------
+
+
+def new_run_folder(settings, dataset_name):
+    """Path of a folder that does not exist yet: run_name as given, or a name that says what the run is.
+
+    Raises:
+        UserError: a run_name that is taken; nothing of an earlier run is ever overwritten.
+    """
+    config, model = settings.train, settings.model
+    if config.run_name is not None:
+        folder = Path(config.runs_dir) / config.run_name
+        if folder.exists():
+            raise UserError(
+                f"run_name='{config.run_name}' exists in {config.runs_dir}; continue it with --init_from=resume, or choose another name"
+            )
+        return folder
+    what = model.arch_preset if model.arch_preset != "custom" else "+".join(dict.fromkeys(mixer for mixer, _ in model.blocks()))
+    shape = model.model_size or f"{model.n_layer}x{model.n_embd}"
+    name = f"{what}-{shape}-{dataset_name}-s{config.seed}"
+    folder, copy = Path(config.runs_dir) / name, 1
+    while folder.exists():
+        copy += 1
+        folder = Path(config.runs_dir) / f"{name}-{copy}"
+    return folder
+
+
+def versions():
+    import numpy
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+
+
+def git_state():
+    """{'commit', 'dirty'} of the code, or None for both where it is not a git checkout."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              encoding="utf-8", timeout=10, check=True).stdout.strip()  # fmt: skip
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+# ---- while it runs --------------------------------------------------------------------------------------------------------
+
+
+class RunLogger:
+    """Metrics files, sinks and the progress line of one run, on rank 0; `SilentLogger` is its twin elsewhere."""
+
+    def __init__(self, folder, settings, record, total_steps):
+        self.folder, self.total_steps = Path(folder), total_steps
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_sources(settings, self.folder / "config")
+        write_json(self.folder / "config.json", finite(record))
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.file = open(self.metrics_path, "a", encoding="utf-8", newline="\n")
+        self.sinks = _sinks(settings.train, self.folder)
+        self.is_terminal = sys.stdout.isatty()
+        self.width = 0
+
+    def say(self, text=""):
+        """Print a line that stays."""
+        self._clear()
+        print(text, flush=True)
+
+    def record(self, row):
+        """Append one row to metrics.jsonl, flushed, and to every sink."""
+        self.file.write(json.dumps(finite(row)) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink.log(row)
+
+    def train(self, row, eta_seconds):
+        """Record a training row and show it; on a terminal the line is overwritten by the next."""
+        self.record(row)
+        line = (
+            f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  loss {row['loss']:.4f}"
+            f"  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {human_count(row['tokens_per_second'])} tok/s"
+            f"  MFU {100 * row['mfu']:.1f}%  ETA {human_seconds(eta_seconds)}"
+        )
+        if self.is_terminal:
+            self._clear()
+            print(line, end="", flush=True)
+            self.width = len(line)
+        else:
+            print(line, flush=True)
+
+    def evaluation(self, row, is_best):
+        self.record(row)
+        mark = "  best so far" if is_best else ""
+        self.say(f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  val {row['val_loss']:.4f}"
+                 f"  perplexity {row['perplexity']:.2f}  {row['bits_per_byte']:.4f} bits/byte"
+                 f"  {human_count(row['tokens_processed'])} tokens{mark}")  # fmt: skip
+
+    def _clear(self):
+        if self.width:
+            print("\r" + " " * self.width + "\r", end="")
+            self.width = 0
+
+    def sample(self, model, dataset, n_tokens, seed):
+        """Print text that the model writes after the first words of the validation split, and keep it."""
+        prompt = torch.from_numpy(dataset.val[:16].astype("int64"))[None].to(model.head.weight.device)
+        ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=seeded_like(prompt, seed))[0].tolist()
+        text = dataset.tokenizer.decode(ids)
+        (self.folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+        self.say(f"\n{text}\n")
+
+    def write_summary(self, summary):
+        write_json(self.folder / "summary.json", finite({"format": FORMAT, **summary}))
+
+    def finish(self, summary, flops, plot=False):
+        """Write summary.json and all that is made from metrics.jsonl."""
+        self._clear()
+        self.file.close()
+        for sink in self.sinks:
+            sink.close()
+        self.write_summary(summary)
+        rows = read_metrics(self.metrics_path)
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        write_json(self.folder / "training_log.json", training_log(config, rows, flops))
+        write_csv(self.folder / "metrics.csv", rows)
+        if plot and rows:
+            plot_loss(self.folder / "plots" / "loss.png", rows, config["run_name"])
+
+
+def seeded_like(tensor, seed):
+    """A generator on the tensor's device."""
+    return torch.Generator(device=tensor.device).manual_seed(seed)
+
+
+class SilentLogger:
+    """Says and writes nothing, for the ranks that are not rank 0."""
+
+    def say(self, text=""):
+        pass
+
+    def record(self, row):
+        pass
+
+    def train(self, row, eta_seconds):
+        pass
+
+    def evaluation(self, row, is_best):
+        pass
+
+    def write_summary(self, summary):
+        pass
+
+    def finish(self, summary, flops, plot=False):
+        pass
+
+
+def finite(value):
+    """`value` with NaN and infinities as None, which is what JSON has."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---- files made from metrics.jsonl ------------------------------------------------------------------------------------------
+
+
+def read_metrics(path):
+    """Rows of metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def rewind_metrics(folder, step, may_write):
+    """Rows logged up to `step`; what came after, which a resumed run lives again, moves to metrics_abandoned.jsonl."""
+    path = Path(folder) / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    kept, dropped = ([row for row in rows if (row["step"] <= step) == keep] for keep in (True, False))
+    if may_write:
+        if dropped:
+            with open(path.with_name("metrics_abandoned.jsonl"), "a", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(row) + "\n" for row in dropped)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
+    return kept
+
+
+def training_log(config, rows, flops):
+    """The whole run in one JSON value, each row with its MFU spelled out."""
+    iterations = []
+    for row in rows:
+        entry = {"iter": row["step"], **row}
+        if row["kind"] == "train":
+            entry["mfu"] = {
+                "mfu": row["mfu"], "architecture": config["architecture"], "flops_per_token": flops.training,
+                "flops_per_token_forward": flops.forward, "flops_per_token_backward": flops.backward,
+                "context": flops.context, "flops_per_second": flops.training * row["tokens_per_second"],
+            }  # fmt: skip
+            entry["memory"] = {"peak_bytes": row["peak_memory_bytes"]}
+            entry["gradients"] = {"norm": row["grad_norm"], **row.get("gradient_norms", {})}
+        iterations.append(entry)
+    return {"config": config, "training_iterations": iterations}
+
+
+def write_csv(path, rows):
+    """All flat numbers of all rows, one column each."""
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict)))
+    lines = [columns] + [[row.get(column, "") for column in columns] for row in rows]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(lines)
+
+
+def plot_loss(path, rows, title):
+    """Training and validation loss against tokens, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path.parent.mkdir(exist_ok=True)
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for kind, key, style in (("train", "loss", dict(color="#9aa5b1", lw=1)), ("eval", "val_loss", dict(color="#0b6e99", lw=1.8, marker="o", ms=3.5))):
+        points = [(row["tokens_processed"], row[key]) for row in rows if row["kind"] == kind and row[key] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label={"train": "training step", "eval": "validation"}[kind], **style)
+    axes.set(xlabel="tokens processed", ylabel="loss (nats per token)", title=title)
+    axes.xaxis.set_major_formatter(lambda value, _: human_count(value) if value else "0")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=140)
+
+
+# ---- sinks --------------------------------------------------------------------------------------------------------------------
+
+
+def _sinks(config, folder):
+    sinks = []
+    if config.tensorboard:
+        sinks.append(TensorBoardSink(folder / "tensorboard"))
+    if config.wandb_log:
+        sinks.append(WandbSink(config, folder))
+    return sinks
+
+
+def _scalars(row):
+    """{'train/loss': 1.2, ...}: the numbers of a row, nested ones by path."""
+    scalars = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            scalars.update({f"{key}/{name}": number for name, number in value.items()})
+        elif isinstance(value, (int, float)) and key not in ("step", "tokens_processed"):
+            scalars[f"{row['kind']}/{key}"] = value
+    return scalars
+
+
+class TensorBoardSink:
+    """Event files; every curve twice, against steps and, under `by_tokens/`, against tokens."""
+
+    def __init__(self, folder):
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder.mkdir(exist_ok=True)
+        self.writer = EventFileWriter(str(folder))
+
+    def log(self, row):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for prefix, step in (("", row["step"]), ("by_tokens/", row["tokens_processed"])):
+            values = [Summary.Value(tag=prefix + name, simple_value=number) for name, number in _scalars(row).items()]
+            self.writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def close(self):
+        self.writer.close()
+
+
+class WandbSink:
+    """Weights & Biases, offline when nobody is logged in; curves against steps, with tokens to choose as the x axis."""
+
+    def __init__(self, config, folder):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb_log=True needs Weights & Biases: pip install wandb, or leave wandb_log=False") from None
+        has_login = bool(wandb.api.api_key) or "WANDB_MODE" in os.environ
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.run = wandb.init(
+            project=config.wandb_project, name=config.wandb_run_name or folder.name, dir=str(folder), config=settings,
+            mode=None if has_login else "offline",
+        )  # fmt: skip
+        self.run.define_metric("step")
+        self.run.define_metric("tokens_processed")
+        self.run.define_metric("train/*", step_metric="step")
+        self.run.define_metric("eval/*", step_metric="step")
+        self.run.define_metric("by_tokens/*", step_metric="tokens_processed")
+
+    def log(self, row):
+        scalars = _scalars(row)
+        by_tokens = {f"by_tokens/{name}": number for name, number in scalars.items()}
+        self.run.log({**scalars, **by_tokens, "step": row["step"], "tokens_processed": row["tokens_processed"]})
+
+    def close(self):
+        self.run.finish()
+
+
+# ---- records ------------------------------------------------------------------------------------------------------------------
+
+
+def layer_stats(model):
+    """{'gradient_norms', 'weight_norms'}: L2 norms by layer and slot, such as 'blocks.0.mixer'."""
+    gradients = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+    return {"gradient_norms": _norms_by_layer(gradients), "weight_norms": _norms_by_layer(model.named_parameters())}
+
+
+def _norms_by_layer(named_tensors):
+    squares = {}
+    for name, tensor in named_tensors:
+        words = name.split(".")
+        layer = ".".join(words[:3] if words[0] == "blocks" else words[:1])
+        squares[layer] = squares.get(layer, 0.0) + tensor.detach().float().square().sum()
+    return {layer: float(square) ** 0.5 for layer, square in squares.items()}
+
+
+def config_record(settings, run_name, model, flops, dataset, validation, resolved, command):
+    """config.json: the whole story of a run."""
+    return {
+        "format": FORMAT,
+        "run_name": run_name,
+        "architecture": model.config.architecture_name(),
+        "model_config": settings.model.to_dict(),
+        "training_config": settings.train.to_dict(),
+        "resolved": resolved,
+        "parameters": {
+            "total": sum(parameter.numel() for parameter in model.parameters()),
+            "active": active_parameters(model),
+            "groups": parameters_by_group(model),
+        },
+        "flops": flops.to_dict(),
+        "dataset": {
+            "name": dataset.name, "fingerprint": dataset.fingerprint, "tokenizer": dataset.meta["tokenizer"]["name"],
+            "vocab_size": dataset.vocab_size, "train_tokens": len(dataset.train), "val_tokens": len(dataset.val),
+            "evaluation_hash": validation.hash,
+        },
+        "versions": versions(),
+        "git": git_state(),
+        "command": command,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def metadata_record(settings, run_name, ledger, stream):
+    """metadata.json of a checkpoint at the ledger's step."""
+    return {
+        "experiment_name": run_name,
+        "global_step": ledger.step,
+        "epoch": stream.epoch(ledger.step),
+        "token_metrics": {
+            "total_tokens_processed": ledger.tokens_processed,
+            "total_tokens_supervised": ledger.tokens_supervised,
+            "tokens_per_step": ledger.tokens_per_step,
+            "effective_batch_size": stream.sequences_per_step,
+            "sequence_length": stream.block_size,
+            "estimated_tokens_at_step": ledger.step * ledger.tokens_per_step,
+        },
+        "training_config": settings.train.to_dict(),
+        "model_config": settings.model.to_dict(),
+    }
+
+
+def size_and_speed(model, ledger, peak, place):
+    """What summary.json adds to the ledger."""
+    speed = ledger.summary("")["tokens_per_second"]
+    return {
+        "mfu": None if speed is None else mfu(ledger.flops_per_token, speed, peak, place.world_size),
+        "peak_memory_bytes": peak_memory_bytes(place),
+        "n_params": sum(parameter.numel() for parameter in model.parameters()),
+        "n_active_params": active_parameters(model),
+    }

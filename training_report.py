@@ -1,0 +1,133 @@
+"""What a run says on one screen before it starts: the architecture as a tree, its cost, the data, the place, the memory."""
+
+import torch
+
+from model_flops import CONVENTION, state_bytes, training_memory_bytes
+
+# ---- numbers for people -------------------------------------------------------------------------------------------------
+
+
+def human_count(n):
+    """1234567 -> '1.23M'."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g}{letter}" if n / size < 1000 else f"{n / size:.0f}{letter}"
+    return f"{n:.3g}"
+
+
+def human_bytes(n):
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= size:
+            return f"{n / size:.3g} {unit}" if n / size < 1000 else f"{n / size:.0f} {unit}"
+    return f"{n:.0f} B"
+
+
+def human_seconds(seconds):
+    """Seconds -> '45s', '3m12s', '2h05m', '4d07h'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+# ---- the report at start ------------------------------------------------------------------------------------------------
+
+
+def architecture_tree(model, flops):
+    """Lines of a tree of the model, like blocks folded, with parameters and forward FLOPs per token at the right."""
+    config = model.config
+    rows = [("", f"token embedding  {_shape(model.token_embedding.weight)}", _parameters(model.token_embedding), 0)]
+    if model.position_embedding is not None:
+        rows.append(("", f"position embedding  {config.position_encoding}", _parameters(model.position_embedding), 0))
+    kinds = list(dict.fromkeys(config.blocks()))
+    for kind in kinds:
+        layers = [layer for layer, other in enumerate(config.blocks()) if other == kind]
+        block = model.blocks[layers[0]]
+        rows.append(("", f"{len(layers)} x block, each", None, None))
+        rows.append(("│  ", _mixer_line(config, kind[0], block), _parameters(block.mixer), _flops(block.mixer, config)))
+        if block.ffn is not None:
+            hidden = getattr(block.ffn, "hidden", None)
+            label = kind[1] + (f" ({config.activation})" if kind[1] == "standard" else "")
+            rows.append(("│  ", label + (f"  hidden {hidden}" if hidden else ""), _parameters(block.ffn), _flops(block.ffn, config)))
+        norms = _parameters(block) - _parameters(block.mixer) - (_parameters(block.ffn) if block.ffn is not None else 0)
+        rows.append(("│  ", f"{config.normalization}, {config.norm_position}-norm", norms, 2 * norms))
+    if model.final_norm is not None:
+        rows.append(("", f"final {config.normalization}", _parameters(model.final_norm), 2 * _parameters(model.final_norm)))
+    head = model.head.weight
+    rows.append(("", "head" + ("  tied to the embedding" if config.weight_tying else f"  {_shape(head)}"),
+                 0 if config.weight_tying else head.numel(), 2 * head.numel()))  # fmt: skip
+    lines = [f"{'':<52}{'parameters':>14}{'FLOPs/token':>14}"]
+    for index, (indent, label, parameters, cost) in enumerate(rows):
+        last = index + 1 == len(rows) or (indent and not rows[index + 1][0])
+        line = f"{indent}{'└─ ' if last else '├─ '}{label}"
+        numbers = "" if parameters is None else f"{parameters:>14,}{human_count(cost) if cost else '-':>14}"
+        lines.append(f"{line:<52}{numbers}")
+    total = sum(p.numel() for p in model.parameters())
+    lines.append(f"{'in all, forward':<52}{total:>14,}{human_count(flops.forward):>14}")
+    return lines
+
+
+def _mixer_line(config, name, block):
+    if name != "attention":
+        return name
+    mixer = block.mixer
+    heads = f"{mixer.n_head} heads x {mixer.head_dim}"
+    if mixer.n_kv_head != mixer.n_head:
+        heads += f", {mixer.n_kv_head} kv"
+    window = f", window {mixer.window}" if mixer.window else ""
+    inside = f", {config.position_encoding}" if mixer.position_encoding is not None else ""
+    return f"attention  {heads}{window}{inside}"
+
+
+def _shape(tensor):
+    return " x ".join(f"{size:,}" for size in tensor.shape)
+
+
+def _parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _flops(module, config):
+    linear = sum(2 * m.weight.numel() + (2 * m.bias.numel() if m.bias is not None else 0)
+                 for m in module.modules() if isinstance(m, torch.nn.Linear))  # fmt: skip
+    return linear + (module.mixing_flops(config.block_size) if hasattr(module, "mixing_flops") else 0)
+
+
+def startup_report(model, flops, peak, place, settings, dataset, resolved, unused):
+    """The report as one string.
+
+    Args:
+        flops: FlopsPerToken. peak: HardwarePeak. dataset: Dataset.
+        resolved: what the settings came to here, as config.json keeps it.
+        unused: {option: value} that no chosen part reads.
+    """
+    config, block_size = settings.train, settings.model.block_size
+    steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
+    tokens, train_tokens, val_tokens = steps * tokens_per_step, len(dataset.train), len(dataset.val)
+    memory = training_memory_bytes(model, config.batch_size)
+    at_half = flops.training * tokens / (peak.flops_per_second * place.world_size / 2)
+    kernels = ", ".join(f"{part} {kernel}" for part, kernel in resolved["kernels"].items())
+    rows = [
+        ("model", model.config.architecture_name()),
+        ("FLOPs/token", f"{human_count(flops.training)} for training at {flops.context} tokens"),
+        ("", CONVENTION),
+        ("state", f"{human_bytes(state_bytes(model, block_size))} to generate at {block_size} tokens"),
+        ("dataset", f"{dataset.name}: {human_count(train_tokens)} training, {human_count(val_tokens)} validation tokens, "
+                    f"{dataset.meta['tokenizer']['name']}, vocabulary {dataset.vocab_size:,}"),
+        ("step", f"{tokens_per_step:,} tokens: {config.batch_size} x {block_size}"
+                 f" x {config.gradient_accumulation_steps} micro-batch(es)"),
+        ("run", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / train_tokens:.2f} epochs, "
+                f"{human_count(flops.training * tokens)}FLOP"),
+        ("device", f"{place.world_size} x {resolved['device_name']}, {place.precision}, compile {resolved['compile']}, {kernels}"),
+        ("peak", f"{human_count(peak.flops_per_second)}FLOP/s, {peak.source}; at half of it the run takes {human_seconds(at_half)}"),
+        ("memory", f"about {human_bytes(sum(memory.values()))}: "
+                   + ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())),
+    ]  # fmt: skip
+    rows += [("note", f"{name}={value!r} is read by no chosen part") for name, value in unused.items()]
+    if config.warmup_iters >= steps:
+        rows.append(("note", f"warmup_iters={config.warmup_iters} outlasts the run: learning_rate is never reached"))
+    return "\n".join([*architecture_tree(model, flops), "", *(f"{name:<12} {text}" for name, text in rows)])

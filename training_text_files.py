@@ -1,0 +1,121 @@
+"""Local text files as a stream of texts: .txt, .jsonl (field "text") and .parquet (column "text").
+
+    for text, ends_document in read_texts(Path("pages.jsonl")): ...
+
+A long .txt comes in pieces of about a million characters, of which only the last ends its document. Line ends become
+"\\n" and a byte order mark goes, so that a text is the same on every system.
+"""
+
+import json
+
+from user_errors import UserError
+
+PIECE_CHARACTERS = 2**20  # of a long text at once
+
+
+def kind_of_file(path):
+    """'.jsonl', '.parquet', or '.txt' for anything else that was named as input."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in (".jsonl", ".parquet") else ".txt"
+
+
+def text_files(path):
+    """The files to read at a path: itself, or what a folder holds, sorted by name."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in path.rglob("*") if file.suffix.lower() in (".txt", ".jsonl", ".parquet")]
+    if not files:
+        raise UserError(f"the folder {path} holds no .txt, .jsonl or .parquet files; give one that does")
+    return sorted(files, key=lambda file: file.relative_to(path).as_posix())
+
+
+def read_texts(path, separator=None):
+    """Yield (text, ends_document) of one file."""
+    kind = kind_of_file(path)
+    if kind == ".jsonl":
+        return ((text, True) for text in read_json_lines(path))
+    if kind == ".parquet":
+        return ((text, True) for text in read_parquet(path))
+    return read_plain_text(path, separator)
+
+
+def read_plain_text(path, separator):
+    """Pieces of one document, or whole documents where a separator stands between them."""
+    if separator is not None and file_contains(path, separator):
+        return ((text.strip(), True) for text in split_stream(read_characters(path), separator) if text.strip())
+    return cut_between_words(read_characters(path))
+
+
+def read_characters(path):
+    """Yield a UTF-8 file in strings of about a million characters, with line ends as '\\n'."""
+    try:
+        with open(path, encoding="utf-8-sig", newline=None) as file:
+            while text := file.read(PIECE_CHARACTERS):
+                yield text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+
+
+def cut_between_words(strings):
+    """Yield (piece, is_last) with every cut before a space or newline that follows a word.
+
+    Tokenizers cut words there too, so that a text encoded in pieces gives the very tokens of the whole.
+    """
+    rest = ""
+    for text in strings:
+        rest += text
+        cut = len(rest[: max(rest.rfind("\n"), 0)].rstrip()) or len(rest[: max(rest.rfind(" "), 0)].rstrip())
+        if cut == 0 and len(rest) > 8 * PIECE_CHARACTERS:
+            cut = len(rest) - 1  # millions of characters without a space: cut anywhere rather than hold them all
+        if cut:
+            yield rest[:cut], False
+            rest = rest[cut:]
+    if rest:  # what is left is never empty, but for an empty file
+        yield rest, True
+
+
+def split_stream(strings, separator):
+    """Yield what stands between separators; one may lie across two strings."""
+    rest = ""
+    for text in strings:
+        *whole, rest = (rest + text).split(separator)
+        yield from whole
+    yield rest
+
+
+def file_contains(path, separator):
+    """Whether a separator occurs in the first million characters of a file."""
+    return separator in next(read_characters(path), "")
+
+
+def read_json_lines(path):
+    """Yield field 'text' of each line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:
+                raise UserError(f"line {number} of {path} is not JSON ({error}); mend or remove it") from error
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise UserError(f"line {number} of {path} has no field 'text' that holds a string; rename or add it")
+            yield row["text"]
+
+
+def read_parquet(path):
+    """Yield column 'text' of each row, a thousand rows in memory at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("reading .parquet needs pyarrow: pip install pyarrow, or give .txt or .jsonl") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise UserError(f"{path} has no column 'text' (it has: {names}); rename the one to read")
+            for batch in file.iter_batches(batch_size=1000, columns=["text"]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a readable parquet file ({error}); replace it") from error

@@ -1,0 +1,448 @@
+"""Tokenizers: text to numbers and back, without a byte lost.
+
+    tokenizer = TOKENIZER_REGISTRY["bpe"].learn(documents, vocab_size=4096)
+    ids = tokenizer.encode("One day, a fish")       # numpy int64
+    tokenizer.decode(ids)                           # 'One day, a fish'
+    tokenizer.save("runs/mine"); load_tokenizer("runs/mine")
+
+    byte        the 256 bytes                             nothing to learn
+    char        the characters of the corpus, sorted      as nanoGPT's shakespeare_char
+    gpt2        GPT-2's own 50,257 tokens                 tiktoken
+    bpe         merges learned here                       the tokenizers library
+    wordpiece   the same pieces, longest match first      the tokenizers library
+    unigram     pieces with probabilities, best path      the tokenizers library, learned by `learn_unigram`
+
+Every token stands for a known number of bytes, so that losses of different tokenizers compare as bits per byte. What is
+saved is JSON. The heavy libraries are imported where they are used, because every run imports this file.
+"""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from registry import Registry
+from user_errors import UserError
+
+TOKENIZER_REGISTRY = Registry("tokenizer")
+
+TOKENIZER_FILE = "tokenizer.json"
+END_OF_DOCUMENT = "<|endoftext|>"
+NUL = "\0"  # ends a document where tokens are bytes or characters: text never holds it
+
+# What `learn` reads of the training split: more text barely moves a vocabulary, and the counts must fit in memory.
+LEARN_FROM_BYTES = 2**27
+
+
+def as_text(document):
+    """str of a document; bytes that are not UTF-8 and lone surrogates become replacement characters."""
+    if isinstance(document, bytes):
+        return document.decode("utf-8", errors="replace")
+    try:
+        document.encode("utf-8")
+        return document
+    except UnicodeEncodeError:
+        return document.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+
+
+class Tokenizer:
+    """What the tokenizers share. A subclass fills `pieces` and writes `encode_text`.
+
+    Attributes:
+        pieces: list of bytes, what each token decodes to.
+        end_of_document_id: the token that ends a document, or None. It stands for no byte of the text.
+        learns_from: None, or the documents that `learn` wants: 'train', or 'all' splits.
+    """
+
+    name = None  # the registered name
+    learns_from = None
+    takes_vocab_size = False  # whether the user chooses the size
+    pieces = ()
+    end_of_document_id = None
+
+    @classmethod
+    def learn(cls, documents=(), vocab_size=None, ends_documents=True):
+        """A tokenizer from an iterable of documents (str or bytes), read once and never held whole."""
+        return cls()
+
+    @classmethod
+    def from_meta(cls, meta):
+        return cls()
+
+    def to_meta(self):
+        """A JSON-able dict with everything `tokenizer_from_meta` needs."""
+        return {"name": self.name, "vocab_size": self.vocab_size}
+
+    @property
+    def vocab_size(self):
+        return len(self.pieces)
+
+    def encode_text(self, text):
+        raise NotImplementedError
+
+    def encode(self, text):
+        """Token ids of a str (or bytes) as int64. Nothing in the text is ever taken for a special token."""
+        return self.encode_text(as_text(text))
+
+    def encode_batch(self, texts):
+        """[ids, ...] of clean texts (see `as_text`); where a library has a faster way for many, that."""
+        return [self.encode_text(text) for text in texts]
+
+    def decode(self, ids):
+        """The text of token ids (list, array or tensor); an incomplete UTF-8 sequence shows as U+FFFD."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def token_bytes(self):
+        """How many bytes of text each token stands for: the denominator of bits per byte."""
+        sizes = [len(piece) for piece in self.pieces]
+        if self.end_of_document_id is not None:
+            sizes[self.end_of_document_id] = 0
+        return sizes
+
+    def save(self, folder):
+        path = Path(folder) / TOKENIZER_FILE
+        path.write_text(json.dumps(self.to_meta(), ensure_ascii=False), encoding="utf-8", newline="\n")
+        return path
+
+
+def tokenizer_from_meta(meta):
+    """The tokenizer that `to_meta` described."""
+    return TOKENIZER_REGISTRY[meta["name"]].from_meta(meta)
+
+
+def load_tokenizer(source):
+    """A tokenizer from a folder or file written by `save`, from a dataset's folder, or from a `to_meta` dict."""
+    if isinstance(source, dict):
+        return tokenizer_from_meta(source)
+    path = Path(source)
+    candidates = [path] if path.is_file() else [path / TOKENIZER_FILE, path / "meta.json"]
+    for candidate in candidates:
+        if candidate.is_file():
+            break
+    else:
+        raise UserError(f"{path} has no {TOKENIZER_FILE}; give the folder of a run or of a prepared dataset")
+    try:
+        meta = json.loads(candidate.read_text(encoding="utf-8"))
+        meta = meta.get("tokenizer", meta)
+        return tokenizer_from_meta(meta)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{candidate} does not describe a tokenizer ({error!r}); prepare the dataset again") from error
+
+
+# -- tokens that need no library
+
+
+@TOKENIZER_REGISTRY("byte")
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8 text, or of anything: `encode(b'...')` keeps bytes as they are."""
+
+    name = "byte"
+    pieces = tuple(bytes([i]) for i in range(256))
+    end_of_document_id = 0
+
+    def encode(self, text):
+        return self.encode_text(text if isinstance(text, bytes) else as_text(text))
+
+    def encode_text(self, text):
+        raw = text if isinstance(text, bytes) else text.encode("utf-8")
+        return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
+
+
+@TOKENIZER_REGISTRY("char")
+class CharTokenizer(Tokenizer):
+    """The characters of one corpus in sorted order. A character outside it cannot be encoded."""
+
+    name = "char"
+    learns_from = "all"  # as nanoGPT: a character that only validation has must have a number too
+
+    def __init__(self, characters):
+        self.characters = characters
+        self.pieces = [character.encode("utf-8") for character in characters]
+        self.end_of_document_id = characters.index(NUL) if NUL in characters else None
+        points = [ord(character) for character in characters]
+        self.id_of_code_point = np.full(max(points, default=0) + 2, -1, dtype=np.int64)  # the last one is never known
+        self.id_of_code_point[points] = np.arange(len(points))
+
+    @classmethod
+    def learn(cls, documents=(), vocab_size=None, ends_documents=True):
+        characters = {NUL} if ends_documents else set()
+        for document in documents:
+            characters.update(as_text(document))
+        return cls("".join(sorted(characters)))
+
+    @classmethod
+    def from_meta(cls, meta):
+        return cls(meta["characters"])
+
+    def to_meta(self):
+        return {**super().to_meta(), "characters": self.characters}
+
+    def encode_text(self, text):
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = self.id_of_code_point[np.minimum(points, len(self.id_of_code_point) - 1)]
+        if ids.size and ids.min() < 0:
+            unknown = chr(points[int(ids.argmin())])
+            raise UserError(
+                f"the character {unknown!r} (U+{ord(unknown):04X}) is not among the {self.vocab_size} that this char "
+                "tokenizer knows; leave it out, or train with tokenizer=byte"
+            )
+        return ids
+
+
+# -- GPT-2's tokens
+
+
+@TOKENIZER_REGISTRY("gpt2")
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE through tiktoken, which fetches its two files once and keeps them."""
+
+    name = "gpt2"
+
+    def __init__(self):
+        self.encoding = load_gpt2_encoding()
+        self.end_of_document_id = self.encoding.eot_token
+        self.pieces = [self.encoding.decode_single_token_bytes(i) for i in range(self.encoding.n_vocab)]
+
+    def encode_text(self, text):
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+
+
+def load_gpt2_encoding():
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # no network, a proxy's error page, a file whose checksum is wrong, an unwritable cache
+        raise UserError(
+            f"the GPT-2 tokenizer's files are not here and could not be fetched ({type(error).__name__}); set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds them, or use another tokenizer, such as --tokenizer=bpe"
+        ) from error
+
+
+# -- tokens learned here, over GPT-2's printable stand-ins for the 256 bytes: no text is ever unknown
+
+
+def byte_characters():
+    """GPT-2's table: one printable character for each byte, in byte order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    stand_ins = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
+
+
+BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(byte_characters())}
+
+
+class LearnedTokenizer(Tokenizer):
+    """A model of the `tokenizers` library plus one token, the last, that ends a document.
+
+    The library does not know the last token, so that no text can spell it.
+    """
+
+    learns_from = "train"
+    takes_vocab_size = True
+
+    def __init__(self, library_tokenizer):
+        self.library_tokenizer = library_tokenizer
+        id_of_piece = library_tokenizer.get_vocab()
+        pieces = [b""] * len(id_of_piece)
+        for piece, i in id_of_piece.items():
+            pieces[i] = bytes([BYTE_OF_CHARACTER[character] for character in piece])
+        self.pieces = [*pieces, END_OF_DOCUMENT.encode("utf-8")]
+        self.end_of_document_id = len(pieces)
+
+    @classmethod
+    def learn(cls, documents=(), vocab_size=None, ends_documents=True):
+        if vocab_size is None or vocab_size <= 257:
+            raise UserError(
+                f"tokenizer_vocab_size={vocab_size} is too small for tokenizer={cls.name}: the 256 bytes and the end "
+                "of a document come first, so ask for more than 257"
+            )
+        return cls(cls.learn_model(first_bytes(documents, LEARN_FROM_BYTES), vocab_size - 1))
+
+    @classmethod
+    def learn_model(cls, texts, n_pieces):
+        """A library tokenizer with at most n_pieces pieces, the 256 bytes among them."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_meta(cls, meta):
+        import tokenizers
+
+        return cls(tokenizers.Tokenizer.from_str(json.dumps(meta["model"])))
+
+    def to_meta(self):
+        return {**super().to_meta(), "model": json.loads(self.library_tokenizer.to_str())}
+
+    def encode_text(self, text):
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts):
+        encodings = self.library_tokenizer.encode_batch_fast(texts)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+
+def first_bytes(documents, n_bytes):
+    """The texts of the first documents that together hold about n_bytes."""
+    for document in documents:
+        text = as_text(document)
+        yield text
+        n_bytes -= len(text)
+        if n_bytes <= 0:
+            return
+
+
+def split_into_words():
+    """GPT-2's pattern of words, in byte characters. A word of 64 bytes ends there: wordpiece looks for the longest
+    match, which over one 'word' of a million equal signs would never end."""
+    from tokenizers import Regex, pre_tokenizers
+
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre_tokenizers.Sequence([words, pre_tokenizers.Split(Regex(".{1,64}"), "isolated")])
+
+
+@TOKENIZER_REGISTRY("bpe")
+class BPETokenizer(LearnedTokenizer):
+    """Byte-level BPE: the pair seen most often becomes a token, again and again."""
+
+    name = "bpe"
+
+    @classmethod
+    def learn_model(cls, texts, n_pieces):
+        import tokenizers
+        from tokenizers import models, trainers
+
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = split_into_words()
+        trainer = trainers.BpeTrainer(
+            vocab_size=n_pieces, min_frequency=2, initial_alphabet=byte_characters(), show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer
+
+
+@TOKENIZER_REGISTRY("wordpiece")
+class WordPieceTokenizer(LearnedTokenizer):
+    """The pieces that BPE finds, applied as BERT does: the longest that fits, from the left. Pieces inside a word carry
+    no '##', because the space is part of the piece that starts one."""
+
+    name = "wordpiece"
+
+    @classmethod
+    def learn_model(cls, texts, n_pieces):
+        import tokenizers
+        from tokenizers import models
+
+        id_of_piece = BPETokenizer.learn_model(texts, n_pieces).get_vocab()
+        model = models.WordPiece(id_of_piece, unk_token="!", continuing_subword_prefix="", max_input_chars_per_word=64)
+        tokenizer = tokenizers.Tokenizer(model)  # unk_token must be a piece; with all bytes known it is never used
+        tokenizer.pre_tokenizer = split_into_words()
+        return tokenizer
+
+
+@TOKENIZER_REGISTRY("unigram")
+class UnigramTokenizer(LearnedTokenizer):
+    """Pieces with probabilities; a text becomes its most probable sequence (Kudo 2018, https://arxiv.org/abs/1804.10959)."""
+
+    name = "unigram"
+
+    @classmethod
+    def learn_model(cls, texts, n_pieces):
+        words = split_into_words()
+        counts = Counter()
+        for text in texts:
+            counts.update(word for word, _ in words.pre_tokenize_str(text))
+        tokenizer = unigram_library_tokenizer(learn_unigram(counts, n_pieces))
+        tokenizer.pre_tokenizer = words
+        return tokenizer
+
+
+# -- learning a unigram model. The library's own trainer gives another vocabulary each time it runs (the order of a hash
+#    map decides between equals), and a dataset that cannot be made twice cannot be compared. This one is repeatable.
+
+MAX_PIECE_LENGTH = 16
+MAX_WORDS = 500_000  # the most frequent ones; the tail of a large corpus is misspellings
+SEED_PIECES = 10  # times the size asked for
+KEPT_PER_ROUND = 0.75  # as SentencePiece
+
+
+def learn_unigram(word_counts, n_pieces):
+    """[(piece, log probability)]: many frequent substrings, of which the least useful are dropped round by round."""
+    ranked = sorted(word_counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_WORDS]
+    words, counts = [word for word, _ in ranked], np.array([count for _, count in ranked], dtype=np.float64)
+    scores = seed_pieces(ranked, SEED_PIECES * n_pieces)
+    while True:
+        for _ in range(2):
+            usage = count_pieces(scores, words, counts)
+            scores = log_probabilities(usage)
+        if len(scores) <= n_pieces:
+            return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+        scores = drop_least_useful(scores, usage, max(n_pieces, int(len(scores) * KEPT_PER_ROUND)))
+
+
+def seed_pieces(ranked_words, n_pieces):
+    """The 256 bytes and the substrings that cover the most text, with log probabilities."""
+    counts = Counter(dict.fromkeys(byte_characters(), 1))
+    for word, count in ranked_words:
+        for start in range(len(word)):
+            for end in range(start + 1, min(start + MAX_PIECE_LENGTH, len(word)) + 1):
+                counts[word[start:end]] += count
+        if len(counts) > 20 * n_pieces + 2_000_000:  # a bound on memory: what was seen once so far goes
+            counts = Counter({piece: n for piece, n in counts.items() if n > 1 or len(piece) == 1})
+    longer = [(piece, n) for piece, n in counts.items() if len(piece) > 1 and n > 1]
+    longer.sort(key=lambda item: (-item[1] * len(item[0]), item[0]))
+    kept = {piece: n for piece, n in counts.items() if len(piece) == 1}
+    kept.update(longer[: max(0, n_pieces - len(kept))])
+    return log_probabilities(kept)
+
+
+def log_probabilities(usage):
+    """{piece: log probability} from {piece: count}; a piece that is never used keeps a little."""
+    usage = {piece: max(count, 0.1) for piece, count in usage.items()}
+    log_total = math.log(sum(usage.values()))
+    return {piece: math.log(count) - log_total for piece, count in usage.items()}
+
+
+def count_pieces(scores, words, counts):
+    """{piece: uses} when every word is cut along its most probable path."""
+    pieces = list(scores)
+    tokenizer = unigram_library_tokenizer(list(scores.items()))
+    uses = np.zeros(len(pieces))
+    for start in range(0, len(words), 10_000):
+        batch = tokenizer.encode_batch_fast(words[start : start + 10_000])
+        ids = [encoding.ids for encoding in batch]
+        weights = np.repeat(counts[start : start + 10_000], [len(row) for row in ids])
+        uses += np.bincount(np.concatenate([np.array(row, np.int64) for row in ids]), weights, minlength=len(pieces))
+    return dict(zip(pieces, uses.tolist(), strict=True))
+
+
+def drop_least_useful(scores, usage, n_kept):
+    """Keep the bytes, and the pieces whose absence would cost the corpus most likelihood."""
+
+    def cost_of_absence(piece):
+        return usage[piece] * (scores[piece] - best_path_without(piece, scores))
+
+    kept = [piece for piece in scores if len(piece) == 1]
+    longer = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: (-cost_of_absence(piece), piece))
+    kept += longer[: n_kept - len(kept)]
+    return {piece: scores[piece] for piece in kept}
+
+
+def best_path_without(piece, scores):
+    """The log probability of the best way to spell a piece by others."""
+    best = [0.0] + [-math.inf] * len(piece)
+    for end in range(1, len(piece) + 1):
+        for start in range(end):
+            score = scores.get(piece[start:end])
+            if score is not None and end - start < len(piece):
+                best[end] = max(best[end], best[start] + score)
+    return best[-1]
+
+
+def unigram_library_tokenizer(scored_pieces):
+    import tokenizers
+    from tokenizers import models
+
+    return tokenizers.Tokenizer(models.Unigram(scored_pieces, unk_id=None, byte_fallback=False))

@@ -1,0 +1,42 @@
+"""A user's mistake costs one sentence, not a traceback.
+
+Raise `UserError("what is wrong; what to do")` anywhere. The scripts wrap their `main` in `exit_on_user_error`, which
+prints the sentence and leaves with exit code 2. Everything else that goes wrong is a defect and keeps its traceback.
+"""
+
+import difflib
+import functools
+import sys
+
+
+class UserError(Exception):
+    """Something the user can mend: the message is one sentence saying what is wrong and what to do."""
+
+
+def nearest(name, candidates):
+    """The candidate closest in spelling to `name`, or None when nothing is close."""
+    matches = difflib.get_close_matches(str(name), [str(candidate) for candidate in candidates], n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name, candidates):
+    """'; did you mean 'rmsnorm'?' or an empty string, to append to an error sentence."""
+    match = nearest(name, candidates)
+    return f"; did you mean '{match}'?" if match else ""
+
+
+def exit_on_user_error(main):
+    """Decorate a script's main: a UserError becomes `error: ...` on stderr and exit code 2, Ctrl-C one word and 130."""
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr, flush=True)
+            sys.exit(130)
+
+    return wrapper
