@@ -9,6 +9,7 @@ metrics.jsonl is read for plots, and for runs that have no summary yet.
 A file that cannot be read costs one line naming its run, and the other runs are still compared.
 """
 
+import functools
 import glob
 import json
 import os
@@ -69,25 +70,25 @@ class Run:
     def is_finished(self):
         return self.status == "finished"
 
-    @property
+    @functools.cached_property
     def model(self):
         """{field: value} of what makes the architecture, part options included, labels left out."""
         fields = flat_settings(self.get("model_config"))
         return {name: fields[name] for name in fields if name not in MODEL_LABELS | NOT_COMPONENTS}
 
-    @property
+    @functools.cached_property
     def training(self):
         """{setting: value} of what decides the trained weights, beside the architecture and the seed."""
         settings = flat_settings(self.get("training_config"))
         kept = {name: value for name, value in settings.items() if name not in BOOKKEEPING | RESOLVED}
         return kept | {check.what: check.read(self) for check in CHECKS if check.what in RESOLVED_TRAINING}
 
-    @property
+    @functools.cached_property
     def comparability_key(self):
         """Runs whose keys differ did not answer the same question: their losses are not ranked together."""
         return tuple(key_of(check.read(self)) for check in CHECKS if check.severity == "voids")
 
-    @property
+    @functools.cached_property
     def configuration_key(self):
         """Runs with one key differ in their seed alone. A run that did not finish stands by itself."""
         alone = None if self.is_finished else self.folder

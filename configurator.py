@@ -20,7 +20,7 @@ import typing
 from pathlib import Path
 
 from model_config import ModelArchitectureConfig, expand_preset
-from registry import ALL_REGISTRIES, CONFIG_FILE_MODULE, options_of, registered_options
+from registry import ALL_REGISTRIES, CONFIG_FILE_MODULE, options_from_json, options_of, registered_options
 from training_config import TrainConfig
 from user_errors import UserError, did_you_mean
 
@@ -77,7 +77,8 @@ def flatten(model_values, train_values):
     """The flat settings that two `to_dict` results stand for."""
     flat = {**model_values, **train_values}
     flat.pop("part_options", None)
-    return {**flat, **model_values.get("part_options", {}), **train_values.get("part_options", {})}
+    options = {**model_values.get("part_options", {}), **train_values.get("part_options", {})}
+    return {**flat, **options_from_json(options)}
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def _split_arguments(arguments):
             is_flag = _admits(bool, setting_types().get(name))
             if is_flag and (follows is None or follows.lower() not in ("true", "false", "none", "auto")):
                 text = "True"
-            elif follows is None:
+            elif follows is None or follows.startswith("--"):
                 _require_setting(name, "the command line")
                 raise UserError(f"--{name} needs a value: --{name}=VALUE")
             else:
@@ -142,7 +143,10 @@ def exec_config_file(path, values):
         known = [str(p) for p in sorted(Path("config").glob("*.py"))]
         hint = did_you_mean(path.as_posix(), [Path(p).as_posix() for p in known])
         raise UserError(f"config file {path} does not exist{hint}; settings are given as --name=value")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
     namespace = {
         "__builtins__": {**vars(builtins), **current_values(values)},
         "__name__": CONFIG_FILE_MODULE,
@@ -150,15 +154,36 @@ def exec_config_file(path, values):
     }
     try:
         exec(compile(text, str(path), "exec"), namespace)
-    except UserError:
-        raise
     except Exception as error:
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(path, error)
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
-    own_business = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    assigned = {name: value for name, value in namespace.items()
-                if not name.startswith("_") and not isinstance(value, own_business)}  # fmt: skip
-    return {name: check_type(name, value, str(path)) for name, value in assigned.items()}
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{path}, line {line}: {kind}{error}") from None
+    own = _own_business(text, namespace)
+    return {name: check_type(name, value, str(path)) for name, value in namespace.items() if name not in own}
+
+
+def _own_business(text, namespace):
+    """The names in a config file's namespace that are no settings of it: `_names`, imports, functions and classes.
+
+    A setting's name must be defined or imported to be one of them: `activation = F.silu` is a mistake, not a helper.
+    """
+    imported, defined = set(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+    helpers = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    own, known = {name for name in namespace if name.startswith("_")}, setting_types()
+    for name in namespace.keys() - own:
+        is_helper = isinstance(namespace[name], helpers)
+        if name in known:
+            is_own = is_helper and name in imported | defined
+        else:
+            is_own = is_helper or name in imported
+        if is_own:
+            own.add(name)
+    return own
 
 
 def _line_in(path, error):
@@ -255,7 +280,7 @@ def load_sources(folder):
     sources = []
     for path in sorted(Path(folder).glob("[0-9][0-9]_*.py")):
         sources.append((path.name[3:], path.read_text(encoding="utf-8")))
-        if re.search(r"^@\w*REGISTRY\b|\b[A-Z]+_REGISTRY\[", sources[-1][1], flags=re.MULTILINE):
+        if "REGISTRY" in sources[-1][1]:
             exec_config_file(path, {})
     return sources
 
@@ -273,12 +298,15 @@ def load_run(run_folder):
     sources = load_sources(path.parent / "config")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        values = flatten(record["model_config"], record["training_config"])
+        model_values, train_values = record["model_config"], record["training_config"]
+        values = flatten(model_values, train_values)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read; restore it, or start a new run") from None
-    for name in values:
-        _require_setting(name, str(path))
-    model, train = build_configs(values)
+    for name, value in values.items():
+        # Options of optimizers and schedules are unknown to scripts that only sample or evaluate.
+        if name not in train_values.get("part_options", {}):
+            check_type(name, value, str(path))
+    model, train = ModelArchitectureConfig.from_dict(model_values), TrainConfig.from_dict(train_values)
     return Settings(model, train, sources, values)
 
 

@@ -163,7 +163,7 @@ class Attention(Mixer):
 
     residual_out = ("out.weight",)
     bidirectional = True
-    positions = ("none", "learned_absolute", "rope", "alibi")
+    positions = POSITION_ENCODING_REGISTRY  # every one, those that a user registers later too
 
     class Options:
         n_kv_head: int | None = None  # key-value heads: None is n_head (MHA), 1 is MQA, between is GQA
@@ -272,7 +272,7 @@ class Attention(Mixer):
         return 4 * self.n_head * self.head_dim * keys
 
     def state_bytes(self, T, dtype=torch.float32):
-        tokens = min(T, self.window) if self.window else T
+        tokens = min(T, self.window - 1) if self.window else T  # the next token sees itself and window - 1 before it
         return 2 * self.n_kv_head * self.head_dim * tokens * dtype.itemsize
 
 

@@ -247,7 +247,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     probabilities = torch.softmax(logits, dim=-1)
     if top_p is not None and top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True)
-        past = ordered.cumsum(dim=-1) - ordered >= top_p  # the likeliest token always stays
+        past = ordered.cumsum(dim=-1) - ordered >= top_p
+        past[:, 0] = False  # the likeliest token always stays
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(past, 0.0))
     return torch.multinomial(probabilities, 1, generator=generator)
 
@@ -363,7 +364,7 @@ def initialise(model, seed):
             if spec.init in ("zeros", "ones"):
                 parameter.fill_(float(spec.init == "ones"))
             else:
-                values = torch.empty(spec.shape).normal_(0.0, std, generator=seeded(seed, spec.name))
+                values = torch.empty(spec.shape, device="cpu").normal_(0.0, std, generator=seeded(seed, spec.name))
                 parameter.copy_(values)
         for path, module in model.named_modules():
             own = [getattr(module, name, None) for name in getattr(module, "own_init", ())]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-from registry import ALL_REGISTRIES, options_of, registered_options
+from registry import ALL_REGISTRIES, options_from_json, options_of, registered_options
 from user_errors import UserError, did_you_mean
 
 # A preset fixes the nine options, so that a later preset replaces an earlier one entirely.
@@ -142,7 +142,7 @@ class ModelArchitectureConfig:
         Raises:
             UserError: a key that no version of this config has had.
         """
-        return cls(**values)
+        return cls(**{**values, "part_options": options_from_json(values.get("part_options", {}))})
 
     def save(self, path):
         """Write JSON; an existing file is refused rather than overwritten."""
@@ -195,7 +195,7 @@ def _init(self, **values):
     values = expand_preset(values)
     options = dict(values.pop("part_options", {}))
     for name in [name for name in values if name not in FIELDS]:
-        known = registered_options()
+        known = {name for name, declared in registered_options().items() if declared[0].of == "model"}
         if name not in known:
             raise UserError(f"'{name}' is not a setting of the model{did_you_mean(name, [*FIELDS, *known])}")
         options[name] = values.pop(name)

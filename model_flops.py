@@ -172,6 +172,7 @@ PEAK_TFLOPS = [
     ("MI250", 362, 362, None, 90.5),
     ("MI210", 181, 181, None, 45.3),
 ]
+_OTHER_DEVICE = {"laptop", "max", "mig", "ti", "super", "d"}  # an RTX 4090 Laptop is no RTX 4090, a MIG slice no H100
 _COLUMNS = {"bfloat16": 1, "float16": 2, "tf32": 3, "float32": 4}
 
 
@@ -188,10 +189,10 @@ def published_peak(device_name, precision):
 
     Words are compared whole, so that an L4 is not an L40 and a T4 not a T400.
     """
-    words = device_name.lower().replace("-", " ").split()
+    words = set(device_name.lower().replace("-", " ").split())
     for row in PEAK_TFLOPS:
-        wanted = row[0].lower().split()
-        if all(word in words for word in wanted):
+        wanted = set(row[0].lower().split())
+        if wanted <= words and not _OTHER_DEVICE & words - wanted:
             peak = row[_COLUMNS[precision]]
             return None if peak is None else peak * 1e12
     return None

@@ -81,6 +81,11 @@ def options_of(part, part_name="", of="model"):
     return options
 
 
+def options_from_json(values):
+    """Options as they were before JSON, which has lists for tuples; an option is never a list."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def registered_options():
     """{option: [PartOption, ...]} over every registry; two parts may share a name, each with a default of its own."""
     table = {}

@@ -7,10 +7,9 @@ Options of optimizers, schedules and objectives are declared by those parts them
 import dataclasses
 import math
 from dataclasses import dataclass, field
-
 from types import SimpleNamespace
 
-from registry import options_of
+from registry import options_from_json, options_of
 from user_errors import UserError
 
 
@@ -126,6 +125,11 @@ class TrainConfig:
 
     def to_dict(self):
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values):
+        """The config that `to_dict` wrote."""
+        return cls(**{**values, "part_options": options_from_json(values.get("part_options", {}))})
 
 
 def validate(config):

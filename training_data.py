@@ -336,7 +336,7 @@ class ValidationSet:
 
 
 def bits_per_byte(nats, n_bytes):
-    """Summed loss in nats over targets that stand for n_bytes of text, comparable across tokenizers; None if unknown."""
+    """Summed loss in nats over targets that stand for n_bytes of text, whatever the tokenizer; None if unknown."""
     return nats / math.log(2) / n_bytes if n_bytes > 0 else None
 
 

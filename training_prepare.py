@@ -256,12 +256,10 @@ class Encoded:
 
 def encode_chunk(tokenizer, end_id, documents):
     """{split: Encoded} of a list of (split, text, ends_document)."""
-    if tokenizer.name == "byte":
-        texts = [text if isinstance(text, bytes) else as_text(text).encode("utf-8") for _, text, _ in documents]
-        sizes = [len(text) for text in texts]
-    else:
-        texts = [as_text(text) for _, text, _ in documents]
-        sizes = [len(text.encode("utf-8")) for text in texts]
+    texts = [text for _, text, _ in documents]
+    if not tokenizer.takes_bytes:
+        texts = [as_text(text) for text in texts]
+    sizes = [len(text if isinstance(text, bytes) else as_text(text).encode("utf-8")) for text in texts]
     ids = tokenizer.encode_batch(texts)
     ending = np.array([] if end_id is None else [end_id], dtype=np.int64)
     encoded = {}
@@ -355,5 +353,8 @@ def prepare_from_command_line(dataset, description, arguments=None):
     if getattr(options, "describe", None):
         folder = describe_token_files(options.describe, options.tokenizer, options.vocab_size, options.dtype)
     else:
-        folder = prepare(SimpleNamespace(dataset=dataset, **vars(options)))
+        try:
+            folder = prepare(SimpleNamespace(dataset=dataset, **vars(options)))
+        except KeyboardInterrupt:
+            raise UserError("interrupted; nothing was kept, run it again to start over") from None
     print(summary_of(folder))

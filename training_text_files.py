@@ -8,6 +8,7 @@ A long .txt comes in pieces of about a million characters, of which only the las
 
 import json
 
+from training_tokenizers import last_cut
 from user_errors import UserError
 
 PIECE_CHARACTERS = 2**20  # of a long text at once
@@ -59,12 +60,12 @@ def read_characters(path):
 def cut_between_words(strings):
     """Yield (piece, is_last) with every cut before a space or newline that follows a word.
 
-    Tokenizers cut words there too, so that a text encoded in pieces gives the very tokens of the whole.
+    Tokenizers cut there too (see `last_cut`), so that a text encoded in pieces gives the very tokens of the whole.
     """
     rest = ""
     for text in strings:
         rest += text
-        cut = len(rest[: max(rest.rfind("\n"), 0)].rstrip()) or len(rest[: max(rest.rfind(" "), 0)].rstrip())
+        cut = last_cut(rest)
         if cut == 0 and len(rest) > 8 * PIECE_CHARACTERS:
             cut = len(rest) - 1  # millions of characters without a space: cut anywhere rather than hold them all
         if cut:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +107,8 @@ def token_files(folder, vocab_size):
         for file in files.values():
             file.file.close()
             file.temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()  # only where nothing is in it
 
 
 def describe(tokenizer_meta, token_bytes, dtype, splits, **facts):

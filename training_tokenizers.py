@@ -33,7 +33,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 NUL = "\0"  # ends a document where tokens are bytes or characters: text never holds it
 
 # What `learn` reads of the training split: more text barely moves a vocabulary, and the counts must fit in memory.
-LEARN_FROM_BYTES = 2**27
+LEARN_FROM_BYTES = 2**26
 
 
 def as_text(document):
@@ -59,6 +59,7 @@ class Tokenizer:
     name = None  # the registered name
     learns_from = None
     takes_vocab_size = False  # whether the user chooses the size
+    takes_bytes = False  # whether bytes that are not UTF-8 keep their values
     pieces = ()
     end_of_document_id = None
 
@@ -140,14 +141,15 @@ class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8 text, or of anything: `encode(b'...')` keeps bytes as they are."""
 
     name = "byte"
+    takes_bytes = True
     pieces = tuple(bytes([i]) for i in range(256))
     end_of_document_id = 0
 
     def encode(self, text):
-        return self.encode_text(text if isinstance(text, bytes) else as_text(text))
+        return self.encode_text(text)
 
     def encode_text(self, text):
-        raw = text if isinstance(text, bytes) else text.encode("utf-8")
+        raw = text if isinstance(text, bytes) else as_text(text).encode("utf-8")
         return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
 
 
@@ -280,15 +282,41 @@ class LearnedTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        encodings = self.library_tokenizer.encode_batch_fast(texts)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        pieces = [list(short_pieces(text)) for text in texts]
+        encodings = iter(self.library_tokenizer.encode_batch_fast([piece for row in pieces for piece in row]))
+        rows = [[i for _ in row for i in next(encodings).ids] for row in pieces]
+        return [np.array(row, dtype=np.int64) for row in rows]
+
+
+def last_cut(text):
+    """Where a text may be cut without changing its tokens, as late as possible; 0 where there is no such place.
+
+    Tokenizers cut between a word and the white space after it whatever comes next, so a cut there changes nothing.
+    """
+    for space in ("\n", " "):
+        if cut := len(text[: max(text.rfind(space), 0)].rstrip()):
+            return cut
+    return 0
+
+
+def short_pieces(text, n_characters=2**13):
+    """A text in pieces that encode to its tokens: the library encodes the texts of a batch on all cores, and needs
+    less memory and time for many short ones."""
+    start = 0
+    while len(text) - start > n_characters:
+        cut = last_cut(text[start : start + n_characters])
+        if cut == 0:  # a word longer than a piece: it must stay whole
+            break
+        yield text[start : start + cut]
+        start += cut
+    yield text[start:]
 
 
 def first_bytes(documents, n_bytes):
-    """The texts of the first documents that together hold about n_bytes."""
+    """Pieces of the first documents, about n_bytes together."""
     for document in documents:
         text = as_text(document)
-        yield text
+        yield from short_pieces(text)
         n_bytes -= len(text)
         if n_bytes <= 0:
             return
@@ -297,10 +325,10 @@ def first_bytes(documents, n_bytes):
 def split_into_words():
     """GPT-2's pattern of words, in byte characters. A word of 64 bytes ends there: wordpiece looks for the longest
     match, which over one 'word' of a million equal signs would never end."""
-    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import pre_tokenizers
 
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    return pre_tokenizers.Sequence([words, pre_tokenizers.Split(Regex(".{1,64}"), "isolated")])
+    return pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(64)])
 
 
 @TOKENIZER_REGISTRY("bpe")

@@ -1,0 +1,294 @@
+"""Finding, reading and auditing runs: every check once, every kind of damage once."""
+
+import json
+
+import pytest
+from comparison_helpers import make_run, write_json
+
+from comparison_runs import CHECKS, audit, comparable_groups, find_runs, load_run, number, read_metrics
+from user_errors import UserError
+
+
+def names(runs):
+    return [run.name for run in runs]
+
+
+# -- finding
+
+
+def test_every_run_oldest_first_and_nothing_else(tmp_path):
+    make_run(tmp_path, "second", created="2026-01-02T00:00:00+00:00")
+    make_run(tmp_path, "first", created="2026-01-01T23:30:00Z")
+    make_run(tmp_path, "third", created="2026-01-02T09:00:00+01:00")
+    (tmp_path / "notes").mkdir()
+    runs, problems = find_runs(tmp_path)
+    assert names(runs) == ["first", "second", "third"]
+    assert problems == []
+
+
+def test_latest_counts_only_runs_that_can_be_read(tmp_path):
+    for day in (1, 2, 3, 4):
+        make_run(tmp_path, f"run{day}", created=f"2026-01-0{day}T00:00:00+00:00")
+    (tmp_path / "run3" / "summary.json").unlink()
+    (tmp_path / "run3" / "metrics.jsonl").unlink()
+    runs, problems = find_runs(tmp_path, latest=2)
+    assert names(runs) == ["run2", "run4"]
+    assert problems == ["run3: left out: it has logged nothing yet"]
+
+
+def test_names_globs_and_paths_in_the_order_given_each_once(tmp_path):
+    for name in ("gpt2", "llama-a", "llama-b", "run[1]"):
+        make_run(tmp_path / "runs", name)
+    runs, _ = find_runs(tmp_path / "runs", ["llama*", "gpt2", str(tmp_path / "runs" / "llama-a"), "run[1]"])
+    assert names(runs) == ["llama-a", "llama-b", "gpt2", "run[1]"]
+
+
+def test_runs_of_one_name_in_two_folders_are_told_apart(tmp_path):
+    make_run(tmp_path / "monday", "llama")
+    make_run(tmp_path / "tuesday", "llama")
+    runs, _ = find_runs(tmp_path, ["*/llama"])
+    assert names(runs) == ["monday/llama", "tuesday/llama"]
+    assert [run.values["name"] for run in runs] == names(runs)
+
+
+@pytest.mark.parametrize(
+    "patterns, sentence",
+    [
+        (["lama"], "there is no run 'lama'.*did you mean 'llama'"),
+        (["zzz"], r"there is no run 'zzz'.*\(there are: llama\)"),
+        (["x*"], "no run in .* matches 'x\\*'"),
+    ],
+)
+def test_an_unknown_run_is_one_sentence(tmp_path, patterns, sentence):
+    make_run(tmp_path, "llama")
+    with pytest.raises(UserError, match=sentence):
+        find_runs(tmp_path, patterns)
+
+
+def test_wrong_folders_are_one_sentence(tmp_path):
+    make_run(tmp_path / "runs", "llama")
+    with pytest.raises(UserError, match="there is no folder"):
+        find_runs(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no runs found"):
+        find_runs(tmp_path)
+    with pytest.raises(UserError, match="a run itself"):
+        find_runs(tmp_path / "runs" / "llama")
+    with pytest.raises(UserError, match="--runs_dir"):
+        find_runs(tmp_path, ["runs"])
+
+
+def test_no_readable_run_is_one_sentence(tmp_path):
+    folder = make_run(tmp_path, "llama")
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no run can be compared; llama: left out: config\.json cannot be read"):
+        find_runs(tmp_path)
+
+
+# -- reading
+
+
+def test_values_of_a_finished_run(tmp_path):
+    run, problems = load_run(make_run(tmp_path, "llama", {"train_seconds": 7200}))
+    assert problems == []
+    assert run.status == "finished"
+    assert run.values["hours"] == 2
+    assert run.values["parameters"] == 1_000_000
+    assert run.values["flops_per_token"] == 6e6
+    assert run.values["final_val_loss"] == 2.0
+
+
+def test_a_run_without_a_summary_is_read_from_its_metrics(tmp_path):
+    folder = make_run(tmp_path, "going", summary=None)
+    run, problems = load_run(folder)
+    assert (run.status, problems) == ("unfinished", [])
+    assert run.values["final_val_loss"] == 2.0
+    assert run.values["tokens_processed"] == 76_800
+    assert run.values["tokens_per_second"] == 2133.0
+    assert run.values["hours"] == 0.01
+
+
+def test_a_summary_written_on_the_way_is_not_the_end(tmp_path):
+    run, _ = load_run(make_run(tmp_path, "going", {"status": "running"}))
+    assert run.status == "unfinished"
+
+
+def test_a_line_cut_off_at_the_end_is_reported_and_the_rest_is_used(tmp_path):
+    folder = make_run(tmp_path, "going", summary=None)
+    path = folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    run, problems = load_run(folder)
+    assert problems == ["metrics.jsonl: line 22 cannot be read (cut off at the end); the rest is used"]
+    assert run.values["final_val_loss"] > 2.0
+
+
+def test_garbled_lines_are_counted(tmp_path):
+    lines = [b'{"step": 1, "kind": "train"}', b"\xff\xfe", b"[1]", b'{"kind": "eval"}', b"", b'{"step": 2}', b""]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    rows, problems = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert problems == ["metrics.jsonl: 3 lines, the first 2, cannot be read; the rest is used"]
+
+
+def test_steps_logged_again_after_a_resume_count_once(tmp_path):
+    losses = ((1, 5.0), (2, 4.0), (3, 9.0), (2, 4.5), (3, 4.4))
+    rows = [{"kind": "train", "step": step, "loss": loss} for step, loss in losses]
+    folder = make_run(tmp_path, "resumed", metrics=rows)
+    assert [row["loss"] for row in read_metrics(folder)[0]] == [5.0, 4.5, 4.4]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format": 1'])
+def test_a_broken_config_leaves_its_run_out_by_name(tmp_path, content):
+    make_run(tmp_path, "good")
+    (make_run(tmp_path, "bad") / "config.json").write_text(content, encoding="utf-8")
+    runs, problems = find_runs(tmp_path)
+    assert names(runs) == ["good"]
+    assert len(problems) == 1
+    assert problems[0].startswith("bad: left out: config.json")
+    assert "\n" not in problems[0]
+
+
+def test_a_broken_summary_falls_back_on_the_metrics(tmp_path):
+    folder = make_run(tmp_path, "edited")
+    (folder / "summary.json").write_text('{"format": 1, "final', encoding="utf-8")
+    run, problems = load_run(folder)
+    assert run.status == "unfinished"
+    assert "summary.json cannot be read" in problems[0]
+
+
+@pytest.mark.parametrize("loss", [None, float("nan"), float("inf"), "2.0"], ids=str)
+def test_a_loss_that_is_not_a_number_is_reported(tmp_path, loss):
+    folder = make_run(tmp_path, "diverged", metrics=False)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    write_json(folder / "summary.json", summary | {"final_val_loss": loss, "non_finite_steps": 12})
+    run, problems = load_run(folder)
+    assert run.values["final_val_loss"] is None
+    assert problems == ["its final validation loss is not a finite number (12 non-finite steps); it is not ranked"]
+
+
+def test_an_older_format_is_reported_and_read_as_far_as_it_goes(tmp_path):
+    folder = make_run(tmp_path, "old")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for section in ("format", "dataset", "resolved", "git"):
+        del config[section]
+    write_json(folder / "config.json", config)
+    run, problems = load_run(folder)
+    assert problems == ["config.json has format None, not 1; what it lacks stays empty"]
+    assert run.values["final_val_loss"] == 2.0
+    audit([run, run])
+
+
+def test_number_takes_finite_numbers_only():
+    assert [number(value) for value in (1, 2.5, True, None, "3", float("nan"), float("-inf"), 10**400)] == [
+        1, 2.5, None, None, None, None, None, None,
+    ]  # fmt: skip
+
+
+# -- the audit
+
+
+def findings_of(tmp_path, first=(), second=(), summary=()):
+    make_run(tmp_path, "a", **dict(first))
+    make_run(tmp_path, "b", dict(summary), **dict(second))
+    return {finding.what: finding for finding in audit(find_runs(tmp_path)[0])}
+
+
+def test_equal_runs_have_no_findings(tmp_path):
+    assert findings_of(tmp_path, second={"n_layer": 3, "normalization": "layernorm"}) == {}
+
+
+AUDIT_CASES = [
+    ("dataset", "voids", {"dataset__fingerprint": "other"}),
+    ("dataset", "voids", {"dataset__name": "shakespeare_char"}),
+    ("tokenizer", "voids", {"dataset__tokenizer": "gpt2"}),
+    ("tokenizer", "voids", {"dataset__vocab_size": 512}),
+    ("evaluation set", "voids", {"dataset__evaluation_hash": "other"}),
+    ("objective", "voids", {"objective": "masked_lm"}),
+    ("tokens per step", "warns", {"resolved__tokens_per_step": 1536}),
+    ("block_size", "warns", {"block_size": 128}),
+    ("precision", "warns", {"resolved__dtype": "bfloat16"}),
+    ("precision", "warns", {"resolved__tf32": True}),
+    ("threads", "warns", {"resolved__threads": 4}),
+    ("peak", "note", {"resolved__peak_flops_per_second": 1.2e11}),
+    ("device", "warns", {"resolved__device_name": "another processor"}),
+    ("world size", "warns", {"resolved__world_size": 2}),
+    ("compile", "warns", {"resolved__compile": True}),
+    ("attention kernel", "warns", {"resolved__kernels": {"attention": "flex"}}),
+    ("torch", "note", {"versions__torch": "2.11.0"}),
+    ("git commit", "note", {"git__commit": "badc0de"}),
+    ("git", "note", {"git__dirty": True}),
+    ("seed", "note", {"seed": 1, "n_layer": 3}),
+    ("learning_rate", "note", {"learning_rate": 3e-4}),
+]
+
+
+@pytest.mark.parametrize("what, severity, change", AUDIT_CASES)
+def test_each_difference_is_found_and_weighed(tmp_path, what, severity, change):
+    findings = findings_of(tmp_path, second=change)
+    assert list(findings) == [what]
+    assert findings[what].severity == severity
+    assert "b" in {name for names in findings[what].runs_by_value.values() for name in names}
+
+
+def test_every_check_has_a_case():
+    tested = {what for what, _, _ in AUDIT_CASES} | {"tokens"}
+    assert {check.what for check in CHECKS} <= tested
+
+
+def test_different_lengths_say_tokens_and_say_nothing_about_the_stream(tmp_path):
+    findings = findings_of(tmp_path, summary={"tokens_processed": 153_600, "stream_hash": "later"})
+    assert list(findings) == ["tokens"]
+    assert findings["tokens"].runs_by_value == {"76,800": ["a"], "153,600": ["b"]}
+
+
+def test_equal_lengths_with_different_streams_are_not_paired(tmp_path):
+    findings = findings_of(tmp_path, summary={"stream_hash": "other"})
+    assert list(findings) == ["stream of seed 1337"]
+    assert findings["stream of seed 1337"].severity == "warns"
+
+
+def test_an_interrupted_run_is_named(tmp_path):
+    findings = findings_of(tmp_path, summary={"status": "interrupted"})
+    assert findings["status"].runs_by_value == {"interrupted": ["b"]}
+
+
+def test_kernels_of_different_parts_are_not_compared(tmp_path):
+    kernels = {"mamba2": "triton", "attention": "sdpa"}
+    assert findings_of(tmp_path, second={"resolved__kernels": kernels}) == {}
+
+
+def test_the_same_seeds_everywhere_are_not_a_finding(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, f"a{seed}", seed=seed)
+        make_run(tmp_path, f"b{seed}", seed=seed, n_layer=3)
+    assert audit(find_runs(tmp_path)[0]) == []
+
+
+def test_what_no_run_records_cannot_be_checked(tmp_path):
+    nothing = {"dataset__evaluation_hash": None}
+    findings = findings_of(tmp_path, first=nothing, second=nothing)
+    assert findings["evaluation set"].severity == "warns"
+    assert findings["evaluation set"].consequence == "cannot be checked"
+
+
+def test_a_measured_peak_may_wobble(tmp_path):
+    assert findings_of(tmp_path, second={"resolved__peak_flops_per_second": 1.05e11}) == {}
+
+
+def test_the_worst_comes_first(tmp_path):
+    change = {"git__dirty": True, "resolved__compile": True, "dataset__fingerprint": "other"}
+    severities = [finding.severity for finding in findings_of(tmp_path, second=change).values()]
+    assert severities == ["voids", "warns", "note"]
+
+
+def test_runs_that_answer_different_questions_are_grouped_apart(tmp_path):
+    make_run(tmp_path, "a")
+    make_run(tmp_path, "b", dataset__fingerprint="other")
+    make_run(tmp_path, "c", n_layer=3, resolved__dtype="bfloat16")
+    make_run(tmp_path, "d", objective="masked_lm")
+    assert sorted(map(names, comparable_groups(find_runs(tmp_path)[0]))) == [["a", "c"], ["b"], ["d"]]
+
+
+def test_metrics_are_not_read_for_a_finished_run(tmp_path):
+    folder = make_run(tmp_path, "a")
+    (folder / "metrics.jsonl").write_bytes(b"\xff not read")
+    assert load_run(folder)[1] == []

@@ -1,0 +1,100 @@
+"""TrainConfig: defaults that run, contradictions refused with both values, derived numbers."""
+
+import dataclasses
+
+import pytest
+
+from training_config import TrainConfig
+from user_errors import UserError
+
+REFUSED = [
+    ("batch_size", 0, "must be at least 1"),
+    ("gradient_accumulation_steps", 0, "must be at least 1"),
+    ("eval_interval", 0, "must be at least 1"),
+    ("log_interval", 0, "must be at least 1"),
+    ("eval_iters", -1, "must be at least 0"),
+    ("keep_checkpoints", -1, "must be at least 0"),
+    ("prefetch_batches", -1, "must be at least 0"),
+    ("warmup_iters", -1, "must be at least 0"),
+    ("sample_tokens", -1, "must be at least 0"),
+    ("layer_stats_interval", -1, "must be at least 0"),
+    ("max_non_finite_steps", 0, "must be at least 1"),
+    ("threads", -1, "must be at least 0"),
+    ("loss_chunk_elements", 0, "must be at least 1"),
+    ("seed", -1, "must be at least 0"),
+    ("weight_decay", -0.1, "must be at least 0"),
+    ("weight_decay", float("nan"), "must be at least 0"),
+    ("grad_clip", -1.0, "must be at least 0"),
+    ("z_loss", -1.0, "must be at least 0"),
+    ("learning_rate", 0.0, "must be above 0"),
+    ("learning_rate", float("nan"), "must be above 0"),
+    ("adam_eps", 0.0, "must be above 0"),
+    ("beta1", 1.0, r"must lie in \[0, 1\)"),
+    ("beta2", -0.1, r"must lie in \[0, 1\)"),
+    ("max_iters", 0, "must be above 0, or None"),
+    ("max_tokens", 0, "must be above 0, or None"),
+    ("epochs", 0.0, "must be above 0, or None"),
+    ("lr_decay_iters", 0, "must be above 0, or None"),
+    ("checkpoint_interval", -1, "must be 0 or more, or None"),
+    ("dtype", "float8", "must be one of auto, float32, bfloat16, float16"),
+    ("compile", "yes", "must be one of True, False, auto"),
+    ("run_name", "a/b", "must be a plain folder name"),
+    ("run_name", " ", "must be a plain folder name"),
+]
+
+
+@pytest.mark.parametrize("name, value, sentence", REFUSED, ids=[f"{name}={value}" for name, value, _ in REFUSED])
+def test_values_that_cannot_be_meant_are_refused_by_name(name, value, sentence):
+    with pytest.raises(UserError, match=rf"^{name}=.*{sentence}"):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"min_lr": 1e-2}, ["min_lr=0.01", "learning_rate=0.001"]),
+    ({"max_tokens": 100, "epochs": 1.0}, ["max_tokens=100", "epochs=1.0"]),
+    ({"max_iters": None}, ["max_iters", "max_tokens", "epochs"]),
+    ({"init_from": "resume"}, ["init_from=resume", "run_name"]),
+], ids=lambda value: "+".join(value) if isinstance(value, dict) else "")  # fmt: skip
+def test_contradictions_name_both_settings(changes, words):
+    with pytest.raises(UserError) as refusal:
+        TrainConfig(**changes)
+    assert all(word in str(refusal.value) for word in words)
+
+
+@pytest.mark.parametrize("changes, steps", [
+    ({"max_iters": 70}, 70),
+    ({"max_tokens": 1001}, 11),  # rounded up to whole steps of 100 tokens
+    ({"max_tokens": 1000}, 10),
+    ({"max_tokens": 1000, "max_iters": 3}, 10),  # takes the place of max_iters
+    ({"epochs": 2.0}, 80),
+    ({"epochs": 0.51}, 21),
+    ({"epochs": 0.001, "max_iters": None}, 1),
+])  # fmt: skip
+def test_length_of_a_run(changes, steps):
+    assert TrainConfig(**changes).total_steps(tokens_per_step=100, steps_per_epoch=40) == steps
+
+
+def test_derived_numbers():
+    config = TrainConfig(batch_size=3, gradient_accumulation_steps=5, learning_rate=2e-3, eval_interval=70)
+    assert config.sequences_per_step == 15
+    assert config.min_learning_rate == pytest.approx(2e-4)
+    assert config.replace(min_lr=0.0).min_learning_rate == 0.0
+    assert config.save_interval == 70
+    assert config.replace(checkpoint_interval=0).save_interval == 0
+    assert config.replace(checkpoint_interval=9).save_interval == 9
+
+
+def test_it_is_frozen_and_survives_a_dictionary():
+    config = TrainConfig(learning_rate=3e-4, part_options={"muon_momentum": 0.9})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.learning_rate = 1.0
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_options_for_a_part_are_its_defaults_under_what_was_set():
+    class Part:
+        class Options:
+            momentum: float = 0.5
+            steps: int = 3
+
+    assert vars(TrainConfig(part_options={"momentum": 0.1, "other": 1}).options_for(Part)) == {"momentum": 0.1, "steps": 3}

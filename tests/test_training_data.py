@@ -1,0 +1,627 @@
+"""Prepared datasets and the batch stream: what every comparison rests on."""
+
+import json
+import math
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import training_prepare
+from training_data import (
+    IGNORE_INDEX,
+    BatchStream,
+    Dataset,
+    Prefetcher,
+    ValidationSet,
+    bits_per_byte,
+    load_dataset,
+    shuffled,
+)
+from training_prepare import prepare, recipe_of, summary_of
+from training_token_files import describe_token_files, read_meta
+from training_tokenizers import TOKENIZER_REGISTRY
+from user_errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE_TOKENIZERS = [name for name in TOKENIZER_REGISTRY if name != "gpt2"]
+TEXT = "".join(f"Line {i}: one fish, two fish, {i % 7} fish, blue fish é.\n" for i in range(600))
+
+
+def settings(folder, **changes):
+    defaults = {"dataset": "text", "data_dir": str(folder / "data"), "input": None, "variant": None}
+    return SimpleNamespace(**{**defaults, "tokenizer": None, "tokenizer_vocab_size": None, **changes})
+
+
+@pytest.fixture
+def book(tmp_path):
+    """Settings of a text of 30 kB that lies in a file."""
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT, encoding="utf-8", newline="\n")
+    return settings(tmp_path, input=str(path))
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """Settings of 400 short documents."""
+    path = tmp_path / "pages.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": TEXT[i * 40 : i * 40 + 90]}) + "\n" for i in range(400)), encoding="utf-8"
+    )
+    return settings(tmp_path, input=str(path))
+
+
+def with_tokenizer(base, name):
+    size = 400 if TOKENIZER_REGISTRY[name].takes_vocab_size else None
+    return SimpleNamespace(**{**vars(base), "tokenizer": name, "tokenizer_vocab_size": size})
+
+
+class StubDataset:
+    """As much of a Dataset as the stream needs, around any array."""
+
+    fingerprint = "stub"
+    token_bytes = None
+
+    def __init__(self, train, val=()):
+        self.train, self.val = train, val
+
+
+def counting(n):
+    return StubDataset(np.arange(n, dtype=np.uint32))
+
+
+# -- preparing
+
+
+@pytest.mark.parametrize("name", OFFLINE_TOKENIZERS)
+def test_prepared_tokens_decode_to_the_text(name, book):
+    dataset = load_dataset(with_tokenizer(book, name), quiet=True)
+    cut = int(len(TEXT) * 0.9)
+    assert dataset.tokenizer.decode(dataset.train) == TEXT[:cut]
+    assert dataset.tokenizer.decode(dataset.val) == TEXT[cut:]
+    facts = dataset.meta["splits"]
+    assert facts["train"]["bytes"] + facts["val"]["bytes"] == len(TEXT.encode("utf-8"))
+    assert facts["train"]["tokens"] == len(dataset.train) == dataset.n_tokens("train")
+    assert facts["train"]["documents"] == facts["val"]["documents"] == 1
+    assert dataset.vocab_size > max(dataset.train) and dataset.tokenizer_name == name
+
+
+@pytest.mark.parametrize("name", OFFLINE_TOKENIZERS)
+def test_documents_end_with_their_token(name, pages):
+    dataset = load_dataset(with_tokenizer(pages, name), quiet=True)
+    end = dataset.tokenizer.end_of_document_id
+    for split, n_documents in (("train", 360), ("val", 40)):
+        tokens = getattr(dataset, split)
+        assert tokens[-1] == end and (tokens == end).sum() == n_documents
+        facts = dataset.meta["splits"][split]
+        assert facts["documents"] == n_documents
+        assert dataset.token_bytes[tokens].sum() == facts["bytes"]
+
+
+@pytest.mark.parametrize("name", OFFLINE_TOKENIZERS)
+@pytest.mark.parametrize("kind", ["book", "pages"])
+def test_in_pieces_by_threads_or_whole_the_tokens_are_the_same(name, kind, request, tmp_path, monkeypatch):
+    base = with_tokenizer(request.getfixturevalue(kind), name)
+    whole = Dataset(prepare(base, workers=1, chunk_bytes=10**9, quiet=True))
+    monkeypatch.setattr("training_text_files.PIECE_CHARACTERS", 1000)
+    base.data_dir = str(tmp_path / "other")
+    pieces = Dataset(prepare(base, workers=4, chunk_bytes=700, quiet=True))
+    assert pieces.fingerprint == whole.fingerprint
+    assert pieces.meta["splits"] == whole.meta["splits"]
+
+
+def test_a_large_vocabulary_takes_four_bytes(book, monkeypatch):
+    class Wide(TOKENIZER_REGISTRY["byte"]):
+        name = "wide"
+        pieces = tuple(bytes([i % 256]) for i in range(70_000))
+
+    monkeypatch.setitem(TOKENIZER_REGISTRY, "wide", Wide)  # taken out again when the test ends
+    book.tokenizer = "wide"
+    folder = prepare(book, quiet=True)
+    assert read_meta(folder)["dtype"] == "uint32"
+    assert Dataset(folder).train[:4].tolist() == list(b"Line")
+
+
+def test_choices_have_folders_of_their_own(tmp_path):
+    def folder(dataset, **changes):
+        return recipe_of(settings(tmp_path, dataset=dataset, **changes)).folder.name
+
+    assert folder("tinystories") == folder("tinystories", variant="small", tokenizer="bpe") == "tinystories"
+    assert folder("tinystories", variant="full", tokenizer="gpt2") == "tinystories-full-gpt2"
+    assert folder("tinystories", tokenizer_vocab_size=8192) == "tinystories-bpe8192"
+    assert folder("python_stdlib", tokenizer="unigram") == "python_stdlib-unigram4096"
+    assert folder("text", input="books/emma.txt", tokenizer="char") == "text-emma-char"
+
+
+def test_what_is_there_is_used_and_never_overwritten(book):
+    folder = prepare(book, quiet=True)
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert set(before) == {"train.bin", "val.bin", "meta.json"}
+    assert prepare(book, quiet=True) == folder
+    load_dataset(book, may_prepare=False)
+    Path(book.input).unlink()  # no longer needed
+    load_dataset(book)
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+
+
+def test_a_prepared_folder_answers_to_its_own_name(book):
+    folder = prepare(book, quiet=True)
+    plain = settings(folder, dataset=folder.name, data_dir=str(folder.parent))
+    assert load_dataset(plain).fingerprint == Dataset(folder).fingerprint
+    plain.tokenizer = "char"
+    with pytest.raises(UserError, match="tokenizer=byte, not tokenizer=char"):
+        load_dataset(plain)
+
+
+def test_another_input_of_the_same_name_is_noticed(book, tmp_path):
+    prepare(book, quiet=True)
+    Path(book.input).write_text(TEXT + "more", encoding="utf-8", newline="\n")
+    with pytest.raises(UserError, match="and now it has"):
+        prepare(book, quiet=True)
+    other = tmp_path / "book.jsonl"
+    other.write_text('{"text": "x"}\n', encoding="utf-8")
+    book.input = str(other)
+    with pytest.raises(UserError, match=r"input=book\.txt, not input=book\.jsonl"):
+        prepare(book, quiet=True)
+
+
+@pytest.mark.parametrize("damage", ["encode", "empty"])
+def test_a_failure_leaves_nothing_behind(damage, book, tmp_path, monkeypatch):
+    if damage == "encode":
+        monkeypatch.setattr(training_prepare, "encode_chunk", lambda *args: 1 / 0)
+        expected = ZeroDivisionError
+    else:
+        Path(book.input).write_text("", encoding="utf-8")
+        expected = UserError
+    with pytest.raises(expected):
+        prepare(book, quiet=True)
+    assert list((tmp_path / "data").rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"dataset": "shakespear_char"}, "did you mean 'shakespeare_char'"),
+        ({"dataset": "nothing_like_it"}, "known: .*python_stdlib.*--dataset=text"),
+        ({"dataset": "text"}, "--input=PATH"),
+        ({"dataset": "text", "tokenizer": "bite"}, "did you mean 'byte'"),
+        ({"dataset": "text", "tokenizer": "char", "tokenizer_vocab_size": 99}, "no meaning for tokenizer=char"),
+        ({"dataset": "tinystories", "variant": "smal"}, "did you mean 'small'"),
+        ({"dataset": "python_stdlib", "variant": "small"}, "has no variants"),
+    ],
+)
+def test_settings_that_cannot_be_meant_cost_one_sentence(changes, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_dataset(settings(tmp_path, **changes), quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+# -- damage
+
+
+def damage_meta(folder, text):
+    (folder / "meta.json").write_text(text, encoding="utf-8")
+
+
+def truncate(path, n_bytes):
+    os.truncate(path, n_bytes)
+
+
+def flip_a_byte(path):
+    raw = bytearray(path.read_bytes())
+    raw[10] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda folder: truncate(folder / "train.bin", 100), "truncated"),
+        (lambda folder: truncate(folder / "val.bin", 0), "is empty"),
+        (lambda folder: (folder / "val.bin").unlink(), "is missing"),
+        (lambda folder: (folder / "train.bin").open("ab").write(b"xx"), "not the one described"),
+        (lambda folder: flip_a_byte(folder / "train.bin"), "wrong checksum"),
+        (lambda folder: damage_meta(folder, '{"format": 1'), "is damaged"),
+        (lambda folder: damage_meta(folder, "{}"), "is damaged"),
+        (lambda folder: damage_meta(folder, '{"format": 99}'), "has format 99"),
+        (lambda folder: (folder / "meta.json").unlink(), "holds token files but no meta.json"),
+    ],
+)
+def test_damaged_files_cost_one_sentence(damage, sentence, book):
+    folder = prepare(book, quiet=True)
+    damage(folder)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_dataset(book, quiet=True)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_vocabulary_must_hold_the_tokens(book):
+    dataset = load_dataset(book, quiet=True)
+    dataset.check_vocab(256)
+    dataset.check_vocab(50304)  # a padded one
+    with pytest.raises(UserError, match="vocab_size=255 is too small"):
+        dataset.check_vocab(255)
+
+
+def test_splits_shorter_than_a_window_are_refused(book):
+    dataset = load_dataset(book, quiet=True)
+    n_train, n_val = len(dataset.train), len(dataset.val)
+    BatchStream(dataset, n_train - 1, 1, seed=0).batches(0)
+    assert len(ValidationSet(dataset, n_val - 1)) == 1
+    with pytest.raises(UserError, match="--block_size"):
+        BatchStream(dataset, n_train, 1, seed=0)
+    with pytest.raises(UserError, match=r"validation split .*--block_size"):
+        ValidationSet(dataset, n_val)
+
+
+# -- token files made elsewhere
+
+
+def test_token_files_of_another_program_are_described_then_used(tmp_path):
+    folder = tmp_path / "data" / "mine"
+    folder.mkdir(parents=True)
+    plain = settings(tmp_path, dataset="mine")
+    tokens = np.arange(1000, dtype="<u2") % 90
+    tokens.tofile(folder / "train.bin")
+    tokens[:200].tofile(folder / "val.bin")
+    (folder / "meta.pkl").write_bytes(b"never read")
+    with pytest.raises(UserError, match="--describe"):
+        load_dataset(plain)
+    with pytest.raises(UserError, match="holds token 89, beyond a vocabulary of 60"):
+        describe_token_files(folder, vocab_size=60)
+    with pytest.raises(UserError, match="say what the tokens"):
+        describe_token_files(folder)
+    with pytest.raises(UserError, match="learned from a corpus"):
+        describe_token_files(folder, tokenizer="bpe")
+    describe_token_files(folder, tokenizer="byte")
+    dataset = load_dataset(plain)
+    assert dataset.train.tolist() == tokens.tolist() and dataset.tokenizer.name == "byte"
+    with pytest.raises(UserError, match="nothing to describe"):
+        describe_token_files(folder, tokenizer="byte")
+
+
+def test_tokens_of_an_unknown_tokenizer_train_but_have_no_text(tmp_path):
+    for split in ("train", "val"):
+        np.arange(100, dtype="<u4").tofile(tmp_path / f"{split}.bin")
+    describe_token_files(tmp_path, vocab_size=100, dtype="uint32")
+    dataset = Dataset(tmp_path)
+    assert dataset.vocab_size == 100 and "unknown" in dataset.summary()
+    validation = ValidationSet(dataset, 10)
+    assert math.isnan(validation.n_bytes) and bits_per_byte(5.0, validation.n_bytes) is None
+    with pytest.raises(UserError, match="tokenizer is unknown"):
+        dataset.tokenizer  # noqa: B018
+
+
+# -- the permutation
+
+
+@pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1000, 4097, 100_003])
+def test_the_shuffle_is_a_permutation(n):
+    keys = np.arange(1, 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert np.array_equal(np.sort(shuffled(np.arange(n), n, keys)), np.arange(n))
+
+
+def test_the_shuffle_is_even():
+    """Over many keys every position goes everywhere equally often: chi-squared of 16 x 16 cells, 225 free."""
+    counts = np.zeros((16, 16))
+    rng = np.random.default_rng(0)
+    for _ in range(3200):
+        counts[np.arange(16), shuffled(np.arange(16), 16, rng.integers(0, 2**64, 7, dtype=np.uint64))] += 1
+    assert ((counts - 200) ** 2 / 200).sum() < 320
+
+
+def test_neighbours_are_pulled_apart():
+    n = 1_000_003
+    order = shuffled(np.arange(100_000), n, np.arange(1, 8, dtype=np.uint64))
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
+    assert abs(order.mean() / n - 0.5) < 0.01
+
+
+# -- the stream
+
+
+@pytest.mark.parametrize(
+    "n_tokens, T", [(101, 10), (109, 10), (110, 10), (1000, 7), (11, 10), (19, 10), (20, 10), (21, 10)]
+)
+def test_no_window_comes_twice_in_an_epoch_and_none_overlap(n_tokens, T):
+    stream = BatchStream(counting(n_tokens), T, sequences_per_step=1, seed=5)
+    per_epoch = stream.windows_per_epoch
+    assert per_epoch == max(1, n_tokens // T - 1)
+    for epoch in range(4):
+        starts = np.concatenate([stream.window_starts(epoch * per_epoch + i) for i in range(per_epoch)])
+        gaps = np.diff(np.sort(starts))
+        assert len(starts) == per_epoch and (gaps == T).all()
+        assert starts.min() >= 0 and starts.max() + T + 1 <= n_tokens
+
+
+def test_epochs_differ_in_order_and_in_offset():
+    stream = BatchStream(counting(10_000), 50, sequences_per_step=199, seed=1)
+    assert stream.windows_per_epoch == 199 and stream.steps_per_epoch == 1
+    epochs = [stream.window_starts(epoch) for epoch in range(20)]
+    assert len({tuple(starts) for starts in epochs}) == 20
+    assert len({int(starts.min()) for starts in epochs}) > 10
+
+
+@pytest.mark.parametrize("n_sequences", [1, 3, 12, 5000])
+def test_a_step_is_the_same_however_it_is_reached(n_sequences):
+    """Asked in order, alone, backwards, by another object, or as part of other steps."""
+    dataset = counting(7_000)
+    stream = BatchStream(dataset, 8, n_sequences, seed=3)
+    in_order = [stream.window_starts(step).copy() for step in range(40)]
+    backwards = [stream.window_starts(step).copy() for step in reversed(range(40))][::-1]
+    alone = BatchStream(dataset, 8, n_sequences, seed=3).window_starts(37)
+    assert np.array_equal(in_order, backwards) and np.array_equal(in_order[37], alone)
+    singly = BatchStream(dataset, 8, 1, seed=3)
+    n_singly = min(200, 3 * n_sequences)
+    assert np.concatenate(in_order)[:n_singly].tolist() == [int(singly.window_starts(i)[0]) for i in range(n_singly)]
+
+
+def test_the_stream_is_what_it_was_when_it_was_written():
+    """Frozen numbers: a change here makes every earlier run incomparable."""
+    stream = BatchStream(counting(100_000), 64, 4, seed=1337)
+    assert stream.window_starts(0).tolist() == [26377, 74633, 53321, 87369]
+    assert stream.hash_after(0) == "84906508bd67ead119f3ae96acf87f3f"
+
+
+def test_no_global_generator_moves_or_is_moved():
+    stream = BatchStream(counting(5000), 8, 4, seed=3)
+    expected = stream.window_starts(5).tolist()
+    states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    np.random.seed(7)
+    torch.manual_seed(7)
+    seeded = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    again = BatchStream(counting(5000), 8, 4, seed=3)
+    again.batches(5)
+    assert again.window_starts(5).tolist() == expected
+    assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == seeded != states
+
+
+def test_seeds_give_other_orders():
+    orders = {tuple(BatchStream(counting(5000), 8, 16, seed).window_starts(0)) for seed in range(20)}
+    assert len(orders) == 20
+
+
+@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 24), (1, 4), (2, 4), (3, 8), (6, 2), (24, 1)])
+def test_ranks_and_micro_batches_divide_the_same_rows(world_size, micro_batch_size):
+    stream = BatchStream(counting(9000), 16, 24, seed=11)
+    whole = stream.batches(7, micro_batch_size=24)[0]
+    rows = [None] * (24 // micro_batch_size)
+    for rank in range(world_size):
+        for k, batch in enumerate(stream.batches(7, rank, world_size, micro_batch_size)):
+            assert batch["inputs"].shape == batch["targets"].shape == (micro_batch_size, 16)
+            rows[k * world_size + rank] = batch
+    for name in ("inputs", "targets"):
+        assert torch.equal(torch.cat([batch[name] for batch in rows]), whole[name])
+
+
+def test_batches_are_the_tokens_and_the_ones_after():
+    stream = BatchStream(counting(9000), 16, 6, seed=0)
+    batch = stream.batches(3)[0]
+    assert batch["inputs"].dtype == batch["targets"].dtype == torch.int64
+    assert torch.equal(batch["inputs"], torch.from_numpy(stream.window_starts(3).copy())[:, None] + torch.arange(16))
+    assert torch.equal(batch["targets"], batch["inputs"] + 1)
+    assert batch["inputs"].is_contiguous() and batch["targets"].is_contiguous()
+    example = stream.example_batch(5)
+    assert {name: (t.shape, t.dtype, t.is_contiguous()) for name, t in example.items()} == {
+        name: (torch.Size([5, 16]), t.dtype, True) for name, t in batch.items()
+    }
+
+
+@pytest.mark.parametrize("world_size, micro_batch_size", [(2, 24), (5, 2), (1, 7)])
+def test_a_step_that_does_not_divide_is_refused(world_size, micro_batch_size):
+    stream = BatchStream(counting(9000), 16, 24, seed=0)
+    with pytest.raises(UserError, match="gradient_accumulation_steps"):
+        stream.batches(0, 0, world_size, micro_batch_size)
+
+
+def test_the_hash_goes_on_where_it_stopped():
+    stream = BatchStream(counting(9000), 16, 6, seed=0)
+    hashes = [stream.initial_hash]
+    for step in range(30):
+        hashes.append(stream.hash_after(step, hashes[-1]))
+    assert len(set(hashes)) == 31 and hashes[1] == stream.hash_after(0)
+    resumed = BatchStream(counting(9000), 16, 6, seed=0)
+    value = hashes[12]
+    for step in range(12, 30):
+        value = resumed.hash_after(step, value)
+    assert value == hashes[30]
+
+
+def test_the_hash_tells_data_block_and_seed_apart():
+    other_data = counting(9000)
+    other_data.fingerprint = "another"
+    streams = [
+        BatchStream(counting(9000), 16, 6, seed=0),
+        BatchStream(other_data, 16, 6, seed=0),
+        BatchStream(counting(9000), 8, 6, seed=0),
+        BatchStream(counting(9000), 16, 6, seed=1),
+    ]
+    assert len({stream.hash_after(0) for stream in streams}) == 4
+
+
+class Endless:
+    """2^40 tokens without a byte of memory: token i is i."""
+
+    def __len__(self):
+        return 2**40
+
+    def __getitem__(self, window):
+        return np.arange(window.start, window.stop)
+
+
+def test_more_tokens_than_four_bytes_can_count():
+    stream = BatchStream(StubDataset(Endless()), 1024, 4096, seed=9)
+    starts = stream.window_starts(10**5)
+    assert len(set(starts.tolist())) == 4096 and starts.min() >= 0 and starts.max() > 2**39
+    batch = stream.batches(10**5, micro_batch_size=16)[3]
+    assert batch["targets"][5, -1] == starts[3 * 16 + 5] + 1024
+    last_epoch = stream.windows_per_epoch // 4096  # the step where one epoch passes into the next
+    assert stream.window_starts(last_epoch).max() + 1025 <= 2**40
+
+
+def test_a_sparse_file_beyond_four_gigabytes_is_read_at_its_far_end(tmp_path):
+    if sys.platform == "win32":
+        pytest.skip("Windows would write the eight gigabytes")
+    n_tokens = 2**32 + 5000
+    path = tmp_path / "train.bin"
+    with open(path, "wb") as file:
+        file.seek(2 * (n_tokens - 100))
+        file.write(np.arange(100, dtype="<u2").tobytes())
+    if path.stat().st_blocks * 512 > 2**24:
+        pytest.skip("this file system has no sparse files")
+    tokens = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
+    stream = BatchStream(StubDataset(tokens), 2**20, 1, seed=1)
+    ends = max(int(stream.window_starts(step)[0]) for step in range(stream.windows_per_epoch))
+    assert ends > 2**32 - 2**22 and tokens[n_tokens - 1] == 99
+
+
+# -- validation
+
+
+def test_validation_windows_are_fixed_spread_and_apart():
+    dataset = StubDataset(np.arange(10), np.arange(10_000))
+    validation = ValidationSet(dataset, 16, n_windows=50)
+    assert len(validation) == 50 and validation.n_tokens == 800
+    assert (np.diff(validation.starts) >= 16).all() and validation.starts[0] == 0
+    assert validation.starts[-1] > 9500 and validation.starts[-1] + 17 <= 10_000
+    assert validation.hash == ValidationSet(dataset, 16, 50).hash != ValidationSet(dataset, 16, 49).hash
+    everything = ValidationSet(dataset, 16)
+    assert len(everything) == 9999 // 16 == len(ValidationSet(dataset, 16, 10**6))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
+def test_every_validation_window_counts_once(batch_size, world_size):
+    validation = ValidationSet(StubDataset(np.arange(10), np.arange(1000)), 16, n_windows=50)
+    seen, n_batches = [], set()
+    for rank in range(world_size):
+        batches = list(validation.batches(batch_size, rank, world_size))
+        n_batches.add(len(batches))
+        for batch in batches:
+            assert batch["inputs"].shape == (batch_size, 16)  # one shape, also where rows are filler
+            real = batch["targets"][:, 0] != IGNORE_INDEX
+            assert (batch["targets"][~real] == IGNORE_INDEX).all()
+            seen += batch["inputs"][real][:, 0].tolist()
+    assert sorted(seen) == validation.starts.tolist() and len(n_batches) == 1
+
+
+@pytest.mark.parametrize("name", OFFLINE_TOKENIZERS)
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(name, pages):
+    """A model that spends 5 bits on each byte of every token scores 5 bits per byte with them all."""
+    dataset = load_dataset(with_tokenizer(pages, name), quiet=True)
+    validation = ValidationSet(dataset, 8)
+    n_bytes, nats = 0, 0.0
+    for batch in validation.batches(6):
+        n_bytes += validation.target_bytes(batch["targets"])
+        supervised = batch["targets"][batch["targets"] != IGNORE_INDEX].numpy()
+        nats += (dataset.token_bytes[supervised] * 5 * math.log(2)).sum()
+    assert n_bytes == validation.n_bytes
+    text = (
+        dataset.tokenizer.decode(dataset.val[1 : len(validation) * 8 + 1])
+        .replace("\0", "")
+        .replace("<|endoftext|>", "")
+    )
+    assert abs(n_bytes - len(text.encode("utf-8"))) <= 4  # a character may be cut at the end
+    assert bits_per_byte(nats, n_bytes) == pytest.approx(5)
+
+
+def test_without_bytes_for_each_token_the_ratio_of_the_split_serves(book):
+    dataset = load_dataset(with_tokenizer(book, "bpe"), quiet=True)
+    validation = ValidationSet(dataset, 8)
+    exact = validation.n_bytes
+    dataset.token_bytes = None
+    assert ValidationSet(dataset, 8).n_bytes == pytest.approx(exact, rel=0.05)
+
+
+# -- reading ahead
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_prefetcher_gives_the_stream(depth):
+    stream = BatchStream(counting(9000), 16, 8, seed=0)
+    with Prefetcher(stream, 5, 12, micro_batch_size=2, depth=depth, rank=1, world_size=2) as prefetcher:
+        for step in range(5, 12):
+            batches, seconds = prefetcher.next()
+            assert seconds >= 0
+            for got, expected in zip(batches, stream.batches(step, 1, 2, 2), strict=True):
+                assert torch.equal(got["inputs"], expected["inputs"])
+        with pytest.raises(IndexError):
+            prefetcher.next()
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_failure_of_the_reading_thread_reaches_the_loop(depth):
+    stream = BatchStream(counting(9000), 16, 8, seed=0)
+    with Prefetcher(stream, micro_batch_size=3, depth=depth) as prefetcher, pytest.raises(UserError, match="divide"):
+        prefetcher.next()
+
+
+def test_closing_a_prefetcher_that_no_one_reads_ends_its_thread():
+    prefetcher = Prefetcher(BatchStream(counting(9000), 16, 8, seed=0), depth=1)
+    prefetcher.close()
+    prefetcher.close()
+    assert not prefetcher.thread.is_alive()
+
+
+# -- the scripts that users run
+
+
+def test_every_dataset_has_a_script_and_every_script_a_dataset():
+    scripts = {path.parent.name for path in (ROOT / "data").glob("*/prepare.py")}
+    assert scripts == set(training_prepare.CORPUS_REGISTRY)
+
+
+@pytest.mark.parametrize("name", sorted(training_prepare.CORPUS_REGISTRY))
+def test_scripts_prepare_their_dataset(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training_prepare, "prepare_from_command_line", lambda *args: asked.append(args))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(str(ROOT / "data" / name / "prepare.py"), run_name="__main__")
+    assert asked[0][0] == name and f"data/{name}/prepare.py" in asked[0][1]
+
+
+def test_a_script_prints_the_counts_and_a_mistake_leaves_with_two(book, capsys):
+    arguments = [f"--input={book.input}", f"--data_dir={book.data_dir}", "--tokenizer=char"]
+    training_prepare.prepare_from_command_line("text", "about", arguments)
+    folder = Path(book.data_dir) / "text-book-char"
+    out = capsys.readouterr().out
+    assert out.strip() == summary_of(folder) and "1 documents" in out
+    with pytest.raises(SystemExit) as caught:
+        training_prepare.prepare_from_command_line("text", "about", ["--input=nothing.txt"])
+    assert caught.value.code == 2 and "error: input='nothing.txt' does not exist" in capsys.readouterr().err
+
+
+def test_encoding_holds_few_chunks_at_a_time(monkeypatch, tmp_path):
+    """A corpus larger than memory works because reading never runs far ahead of writing."""
+    read, written, ahead = [0], [0], []
+
+    class Corpus:
+        ends_documents = True
+
+        def documents(self):
+            for _ in range(300):
+                read[0] += 1
+                yield "train", "x" * 100, True
+
+        def expected_bytes(self):
+            return None
+
+    class File:
+        def append(self, encoded):
+            written[0] += encoded.n_documents
+            ahead.append(read[0] - written[0])
+
+    tokenizer = TOKENIZER_REGISTRY["byte"].learn()
+    training_prepare.encode_corpus(Corpus(), tokenizer, {"train": File()}, 2, 100, lambda *args: None)
+    assert written[0] == 300 and max(ahead) <= 5
+
+
+def test_the_summary_shows_what_was_made(pages):
+    lines = summary_of(prepare(pages, quiet=True)).splitlines()
+    assert len(lines) == 3 and "text-pages: byte tokens" in lines[0]
+    assert "360 documents" in lines[1] and "40 documents" in lines[2]
