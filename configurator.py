@@ -85,7 +85,7 @@ def flatten(model_values, train_values):
 
 
 def read_settings(arguments, base=None):
-    """Settings from a command line.
+    """Settings from a command line; with init_from=resume, those of the run under what the command line says.
 
     Args:
         arguments: as in sys.argv[1:]: config files, `--key=value`, `--key value`, `--flag`.
@@ -94,7 +94,16 @@ def read_settings(arguments, base=None):
     Raises:
         UserError: an unknown name, a wrong type, a file that is missing or fails, a contradiction.
     """
-    values, given, sources = dict(base or {}), {}, []
+    values, given, sources = _read_values(arguments, base or {})
+    if base is None and values.get("init_from") == "resume":
+        return resume(arguments)
+    model, train = build_configs(values)
+    return Settings(model, train, sources, given)
+
+
+def _read_values(arguments, base):
+    """(every setting's value over `base`, the settings that the arguments give, config file sources), not yet validated."""
+    values, given, sources = dict(base), {}, []
     for kind, item in _split_arguments(arguments):
         if kind == "file":
             assigned = exec_config_file(item, values)
@@ -105,8 +114,7 @@ def read_settings(arguments, base=None):
         assigned = expand_preset(assigned)
         values.update(assigned)
         given.update(assigned)
-    model, train = build_configs(values)
-    return Settings(model, train, sources, given)
+    return values, given, sources
 
 
 def _split_arguments(arguments):
@@ -312,6 +320,8 @@ def load_run(run_folder):
 
 # What decides the weights and the order of the data: a resumed run keeps it.
 FIXED_FOR_A_RUN = ("seed", "dataset", "tokenizer", "tokenizer_vocab_size", "variant", "objective", "optimizer")
+FOR_ONE_COMMAND = ("resume_step", "eval_only")  # what an earlier command of the run said is not meant for the next
+LENGTHS = ("max_iters", "max_tokens", "epochs")  # giving one takes the place of the one that the run had
 
 
 def resume(arguments):
@@ -320,9 +330,14 @@ def resume(arguments):
     Raises:
         UserError: the command asks for another architecture, data or batch than the run has.
     """
-    asked = read_settings(arguments).train
-    before = load_run(Path(asked.runs_dir) / asked.run_name)
-    settings = read_settings(arguments, base=before.given)
+    given = _read_values(arguments, {})[1]
+    runs_dir, run_name = given.get("runs_dir", TrainConfig.runs_dir), given.get("run_name")
+    if run_name is None:
+        raise UserError("init_from=resume needs run_name=NAME, the run to continue")
+    before = load_run(Path(runs_dir) / run_name)
+    base = {**before.given, "runs_dir": runs_dir, "run_name": run_name}  # the folder may have been moved or renamed
+    replaced = {*FOR_ONE_COMMAND, *(LENGTHS if set(LENGTHS) & set(given) else ())}
+    settings = read_settings(arguments, base={name: value for name, value in base.items() if name not in replaced})
     old, new = before.model.to_dict(), settings.model.to_dict()
     changed = [(name, old[name], new[name]) for name in old if old[name] != new[name]]
     changed += [(name, getattr(before.train, name), getattr(settings.train, name)) for name in FIXED_FOR_A_RUN
@@ -332,8 +347,9 @@ def resume(arguments):
         changed.append((name, before.train.sequences_per_step, settings.train.sequences_per_step))
     if changed:
         name, was, now = changed[0]
-        raise UserError(f"run '{asked.run_name}' was made with {name}={was!r} and this command says {now!r}; drop it, or start a new run")
-    return dataclasses.replace(settings, sources=before.sources)
+        raise UserError(f"run '{run_name}' was made with {name}={was!r} and this command says {now!r}; drop it, or start a new run")
+    sources = before.sources + [source for source in settings.sources if source not in before.sources]
+    return dataclasses.replace(settings, sources=sources)
 
 
 # ---- help -----------------------------------------------------------------------------------------------------------

@@ -137,8 +137,6 @@ class ConfigurableGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = NORM_REGISTRY[config.normalization](config.n_embd, config) if self._needs_final_norm else None
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
-        if config.weight_tying:
-            self.head.weight = self.token_embedding.weight
         initialise(self, seed)
 
     @property
@@ -351,7 +349,9 @@ def _group(model, path, owner):
 
 
 def initialise(model, seed):
-    """Fill every parameter as the plan says. Tensors on the meta device are left alone."""
+    """Tie the head and fill every parameter as the plan says. Tensors on the meta device are left alone."""
+    if model.config.weight_tying:  # here, because `to_empty` makes two tensors of a shared one
+        model.head.weight = model.token_embedding.weight
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for spec in parameter_plan(model):

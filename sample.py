@@ -16,8 +16,9 @@ import torch
 import configurator
 import training_checkpoint as checkpoint
 from model_builder import ConfigurableGPT
-from training_data import load_dataset
 from training_parallel import find_place
+from training_report import printable
+from training_tokenizers import load_tokenizer
 from user_errors import UserError, exit_on_user_error
 
 
@@ -28,9 +29,8 @@ def main(arguments):
     settings = configurator.load_run(folder)
     saved_at = checkpoint.find_checkpoint(folder, args.step)
     checkpoint.read_metadata(saved_at)
-    place = find_place(settings.train.replace(device=args.device))
-    tokenizer = load_dataset(settings.train).tokenizer
-    settings = configurator.with_vocabulary(settings, tokenizer.vocab_size)
+    place = find_place(settings.train.replace(device=args.device, dtype="auto"))
+    tokenizer = load_tokenizer(folder)
     model = ConfigurableGPT(settings.model)
     checkpoint.load_model(model, saved_at)
     model.to(place.device).eval()
@@ -45,7 +45,7 @@ def main(arguments):
             out = model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
         if index:
             print("-" * 15)
-        print(tokenizer.decode(out[0].tolist()), flush=True)
+        print(printable(tokenizer.decode(out[0].tolist())), flush=True)
 
 
 def parse(arguments):
@@ -63,7 +63,7 @@ def parse(arguments):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(arguments)
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
-        if getattr(args, name) < least:
+        if not getattr(args, name) >= least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top_p={args.top_p} must lie in (0, 1]")

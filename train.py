@@ -13,6 +13,7 @@ TensorBoard files and checkpoints. `python compare_architectures.py --latest 2` 
 `python sample.py --run_name=NAME` writes text.
 """
 
+import contextlib
 import math
 import shlex
 import sys
@@ -41,15 +42,18 @@ from user_errors import UserError, exit_on_user_error  # noqa: E402
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         return print(configurator.help_text(__doc__))
+    with contextlib.ExitStack() as closing:  # however a run ends, what it opened is closed
+        train(arguments, closing)
 
+
+def train(arguments, closing):
     # ---- settings, and where to run ------------------------------------------------------------------------------------
     settings = configurator.read_settings(arguments)
-    is_resumed = settings.train.init_from == "resume"
-    if is_resumed:
-        settings = configurator.resume(arguments)
     config = settings.train
+    is_resumed = config.init_from == "resume"
     place = parallel.find_place(config)
-    torch.manual_seed(config.seed + place.rank)  # for dropout alone: weights and data have seeds of their own
+    closing.callback(parallel.leave_place, place)
+    torch.manual_seed(config.seed)  # for what a part may draw by itself: weights and data have seeds of their own
 
     # ---- data: the same tokens in the same order for every architecture ----------------------------------------------------
     check_split(config.sequences_per_step, config.batch_size, place.world_size)
@@ -58,7 +62,7 @@ def main(arguments):
     dataset.check_vocab(settings.model.vocab_size)
     block_size = settings.model.block_size
     stream = BatchStream(dataset, block_size, config.sequences_per_step, config.seed)
-    validation = ValidationSet(dataset, block_size, config.eval_iters * config.batch_size or None)
+    validation = ValidationSet(dataset, block_size, config.eval_iters * config.sequences_per_step or None)
     total_steps = config.total_steps(stream.tokens_per_step, stream.steps_per_epoch)
 
     # ---- model, objective, optimizer ------------------------------------------------------------------------------------------
@@ -79,11 +83,13 @@ def main(arguments):
         checkpoint.read_metadata(saved_at)  # refuses damaged files
         checkpoint.load_model(model, saved_at)
         saved = checkpoint.load_training_state(saved_at)
+        if saved["stream"] != stream.initial_hash:
+            raise UserError(f"run '{config.run_name}' was trained on other tokens than {dataset.folder} holds; restore it, or start a new run")
         checkpoint.restore_optimizers(optimizers, saved["optimizers"], saved_at)
         scaler.load_state_dict(saved["scaler"])
-        if saved["ledger"]["step"] >= total_steps:
-            raise UserError(f"run '{config.run_name}' is at step {saved['ledger']['step']} of {total_steps}; to go on, raise --max_iters")
-        ledger.restore(saved["ledger"], logging.rewind_metrics(folder, saved["ledger"]["step"], place.is_main))
+        ledger.restore(saved["ledger"], logging.read_metrics(folder / "metrics.jsonl"))
+        if ledger.step >= total_steps and not config.eval_only:
+            raise UserError(f"run '{config.run_name}' is at step {ledger.step} of {total_steps}; to go on, raise --max_iters")
     else:
         folder = logging.new_run_folder(settings, dataset.name)
 
@@ -103,21 +109,36 @@ def main(arguments):
     }  # fmt: skip
     command = " ".join(["python", "train.py", *map(shlex.quote, arguments)])
     log = logging.SilentLogger()
-    if place.is_main:
+    if place.is_main and config.eval_only:
+        log = logging.ConsoleLogger(total_steps)
+    elif place.is_main:
+        if is_resumed:
+            checkpoint.set_aside(folder, ledger.step)
+            logging.rewind_metrics(folder, ledger.step)
         record = logging.config_record(settings, folder.name, model, flops, dataset, validation, resolved, command)
-        log = logging.RunLogger(folder, settings, record, total_steps)
-        log.say(startup_report(model, flops, peak, place, settings, dataset, resolved, unused_options(settings.model)))
-        log.say(f"{'folder':<12} {folder}, ready after {time.perf_counter() - T_START:.1f} s\n")
+        log = logging.RunLogger(folder, settings, record, dataset, total_steps, is_resumed)
+
+    @closing.push
+    def finish(kind, error, trace):
+        """However the run ended: close its files, and let summary.json say how."""
+        if kind is not None:
+            ledger.status = "interrupted" if kind is KeyboardInterrupt else "failed"
+        log.finish(ledger.summary() | logging.size_and_speed(model, ledger, peak, place), flops, config.plot)
+
+    log.say(startup_report(model, flops, peak, place, settings, dataset, resolved, unused_options(settings.model)))
+    log.say(f"{'folder':<12} {folder}, ready after {time.perf_counter() - T_START:.1f} s\n")
 
     def save():
         """Write the checkpoint of this step, unless it exists."""
+        random_states = parallel.gather(checkpoint.random_state(place.device), place)
         if place.is_main and not (folder / f"checkpoint-{ledger.step}").exists():
             state = {
                 "ledger": ledger.state(), "optimizers": checkpoint.optimizer_state(optimizers), "scaler": scaler.state_dict(),
-                "random_state": checkpoint.random_state(place.device),
+                "stream": stream.initial_hash, "random_states": random_states,
             }  # fmt: skip
             checkpoint.save_checkpoint(folder, model, state, logging.metadata_record(settings, folder.name, ledger, stream))
-            checkpoint.prune(folder, config.keep_checkpoints, {ledger.best().get("step"), ledger.step})
+            saved_steps = {step for step, _ in checkpoint.list_checkpoints(folder)}
+            checkpoint.prune(folder, config.keep_checkpoints, {ledger.best(saved_steps).get("step")})
 
     def evaluate():
         """Score the fixed validation windows and keep the result."""
@@ -130,27 +151,25 @@ def main(arguments):
         ledger.evaluations.append(row)
         log.evaluation(row, is_best=ledger.best() is row)
 
-    def finish(status, **kwargs):
-        """Close every file; the numbers of the run are in summary.json from here on."""
-        log.finish(ledger.summary(status) | logging.size_and_speed(model, ledger, peak, place), flops, **kwargs)
-        parallel.leave_place(place)
-
     if config.eval_only:
-        evaluate()
-        return finish("evaluated")
+        return evaluate()
 
     # ---- the loop -----------------------------------------------------------------------------------------------------------------
     to_evaluate = checkpoint.evaluation_steps(total_steps, config.eval_interval)
     to_save = checkpoint.checkpoint_steps(total_steps, config.save_interval)
     parameters = list(model.parameters())
+    torch.manual_seed(config.seed + place.rank)  # for dropout: the same masks whatever was drawn until here
     if is_resumed:
-        checkpoint.restore_random_state(saved["random_state"], place.device)
+        if place.rank < len(saved["random_states"]):
+            checkpoint.restore_random_state(saved["random_states"][place.rank], place.device)
+        log.write_summary(ledger.summary())
         if ledger.step in to_evaluate and not ledger.evaluated_at(ledger.step):
             evaluate()  # the run stopped between saving and evaluating
-    loader = Prefetcher(stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches,
-                        place.rank, place.world_size, place.device)  # fmt: skip
-    stop = checkpoint.StopSignals()
-    in_a_row, status = 0, "finished"
+    loader = closing.enter_context(
+        Prefetcher(stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches, place.rank, place.world_size, place.device)
+    )
+    stop = closing.enter_context(checkpoint.StopSignals())
+    in_a_row = 0
     t_loop, first_step = time.perf_counter(), ledger.step
     since_log = {"steps": 0, "seconds": 0.0, "wait": 0.0}
 
@@ -173,6 +192,9 @@ def main(arguments):
 
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
+        stats = {}
+        if config.layer_stats_interval and (ledger.step + 1) % config.layer_stats_interval == 0:
+            stats = logging.layer_stats(model)
         grad_norm = clip_gradients(parameters, config.grad_clip)
         loss, grad_norm, n_tokens = parallel.to_host([loss, grad_norm, n_tokens], place)
         is_finite = math.isfinite(loss + grad_norm)
@@ -181,9 +203,6 @@ def main(arguments):
                 scaler.step(optimizer)
         scaler.update()
         ledger.step += 1
-        stats = {}
-        if config.layer_stats_interval and ledger.step % config.layer_stats_interval == 0:
-            stats = logging.layer_stats(model)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -213,31 +232,28 @@ def main(arguments):
             eta = (time.perf_counter() - t_loop) / (ledger.step - first_step) * (total_steps - ledger.step)
             log.train(row, eta)
             since_log = {"steps": 0, "seconds": 0.0, "wait": 0.0}
+        if in_a_row >= config.max_non_finite_steps:
+            save()
+            raise UserError(
+                f"loss or gradient was not finite {in_a_row} steps in a row, to step {ledger.step}; lower learning_rate={config.learning_rate} "
+                f"and continue with --init_from=resume --run_name={folder.name}, or raise max_non_finite_steps={config.max_non_finite_steps}"
+            )
         if ledger.step in to_save:
             save()
-        if ledger.step in to_evaluate:
-            evaluate()
-            log.write_summary(ledger.summary("running"))
-        if in_a_row >= config.max_non_finite_steps:
-            status = "failed"
-            break
         if not is_last and parallel.any_rank(stop.received, place):
             save()
-            status = "interrupted"
+            ledger.status = "interrupted"
             break
+        if ledger.step in to_evaluate:
+            evaluate()
+            log.write_summary(ledger.summary())
 
     # ---- the end ------------------------------------------------------------------------------------------------------------------
-    loader.close()
-    if status == "finished" and config.sample_tokens and place.is_main:
+    if ledger.status == "interrupted":
+        return log.say(f"stopped by {stop.name or 'another rank'} at step {ledger.step}; continue with --init_from=resume --run_name={folder.name}")
+    ledger.status = "finished"
+    if config.sample_tokens:
         log.sample(model, dataset, config.sample_tokens, config.seed)
-    finish(status, plot=config.plot)
-    if status == "interrupted":
-        log.say(f"stopped by {stop.name} at step {ledger.step}; continue with --init_from=resume --run_name={folder.name}")
-    if status == "failed":
-        raise UserError(
-            f"loss or gradient was not finite {in_a_row} steps in a row, to step {ledger.step}; lower learning_rate={config.learning_rate} "
-            f"and continue with --init_from=resume --run_name={folder.name}, or raise max_non_finite_steps={config.max_non_finite_steps}"
-        )
 
 
 if __name__ == "__main__":

@@ -64,20 +64,26 @@ def save_checkpoint(run_folder, model, training_state, metadata):
         model: the bare ConfigurableGPT.
         training_state: of tensors, numbers, strings, lists and dicts, so that it loads with weights_only=True.
         metadata: JSON-ready; `global_step` names the folder, checksums are added here.
+
+    Raises:
+        UserError: the disk does not take it; the checkpoints before it stay.
     """
-    target = Path(run_folder) / f"checkpoint-{metadata['global_step']}"
+    target, tensors = Path(run_folder) / f"checkpoint-{metadata['global_step']}", model_tensors(model)
+    for leftover in target.parent.glob(".checkpoint-*.tmp"):  # of a process that was killed while it saved
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(model_tensors(model), temporary / "model.safetensors")
-    torch.save(training_state, temporary / "training_state.pt")
-    checksums = {name: sha256(temporary / name) for name in ("model.safetensors", "training_state.pt")}
-    write_json(temporary / "metadata.json", {"format": FORMAT, **metadata, "checksums": checksums})
-    for path in temporary.iterdir():
-        _sync(path)
-    if target.exists():  # written before the interruption that this run resumed from; the same step, the same weights
-        shutil.rmtree(target)
-    os.replace(temporary, target)
+    try:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "model.safetensors")
+        torch.save(training_state, temporary / "training_state.pt")
+        checksums = {name: sha256(temporary / name) for name in ("model.safetensors", "training_state.pt")}
+        write_json(temporary / "metadata.json", {"format": FORMAT, **metadata, "checksums": checksums})
+        for path in temporary.iterdir():
+            _sync(path)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what the libraries make of a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{target} could not be written ({error}); make room on the disk, then --init_from=resume") from error
     _sync(target.parent)
     return target
 
@@ -127,6 +133,15 @@ def prune(run_folder, keep, always_keep=()):
             shutil.rmtree(folder)
 
 
+def set_aside(run_folder, step):
+    """Rename checkpoints after `step`, which a run that goes on from there will write anew, to `abandoned-checkpoint-N`."""
+    for later, folder in list_checkpoints(run_folder):
+        if later > step:
+            aside = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+
+
 # ---- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +181,7 @@ def read_metadata(folder):
     """
     try:
         metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-        checksums = metadata["checksums"]
+        checksums = dict(metadata["checksums"])
     except (OSError, ValueError, KeyError, TypeError):
         raise _corrupt(folder, "metadata.json cannot be read") from None
     if metadata.get("format") != FORMAT:
@@ -181,7 +196,9 @@ def read_metadata(folder):
 
 def _corrupt(folder, what):
     others = [step for step, other in list_checkpoints(folder.parent) if other != folder]
-    remedy = f"go on from another with --resume_step={others[-1]}" if others else "the run has no other checkpoint"
+    remedy = "the run has no other checkpoint, so start it again under another run_name"
+    if others:
+        remedy = f"go on from step {others[-1]}, with --resume_step={others[-1]} (sample.py: --step={others[-1]})"
     return UserError(f"checkpoint {folder} is damaged: {what}; {remedy}")
 
 
@@ -240,6 +257,7 @@ def random_state(device):
 
 
 def restore_random_state(state, device):
+    """Put a `random_state` back."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
@@ -249,12 +267,22 @@ def restore_random_state(state, device):
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask the loop to save and leave after the step in progress; a second Ctrl-C leaves at once."""
+    """Ctrl-C and SIGTERM ask the loop to save and leave after the step in progress; a second Ctrl-C leaves at once.
+
+    with StopSignals() as stop:      # the handlers of before are back afterwards
+        ... stop.received ...        # the signal, or None
+    """
 
     def __init__(self):
-        self.received = None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._note)
+        self.received = self.name = None
+
+    def __enter__(self):
+        self.before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
     def _note(self, signum, frame):
         if self.received == signum == signal.SIGINT:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from registry import options_from_json, options_of
-from user_errors import UserError
+from user_errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class TrainConfig:
 
     # -- evaluation
     eval_interval: int = 250  # steps between evaluations; a few more come early, at halvings of this
-    eval_iters: int = 20  # validation batches of batch_size, the same windows every time; 0 is the whole split
+    eval_iters: int = 20  # validation windows, in steps' worth of sequences, the same every time; 0 is the whole split
     eval_only: bool = False  # evaluate once and leave
     sample_tokens: int = 200  # length of the sample of text at the end; 0 for none
 
@@ -160,17 +160,27 @@ def validate(config):
         raise UserError(
             f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}; lower it, or leave it None"
         )
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value} must be a finite number")
+    if config.lr_decay_iters is not None and config.lr_decay_iters < config.warmup_iters:
+        raise UserError(
+            f"lr_decay_iters={config.lr_decay_iters} ends before the warm-up of warmup_iters={config.warmup_iters}; "
+            "lower warmup_iters, or leave lr_decay_iters None"
+        )
     if config.max_tokens is not None and config.epochs is not None:
         raise UserError(f"max_tokens={config.max_tokens} and epochs={config.epochs} both set the length; keep one")
     if config.max_iters is None and config.max_tokens is None and config.epochs is None:
         raise UserError("the run has no length: set one of max_iters, max_tokens or epochs")
     choices = {
+        "init_from": ("scratch", "resume"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "compile": (True, False, "auto"),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
-            raise UserError(f"{name}={getattr(config, name)!r} must be one of {', '.join(map(str, allowed))}")
+            value, words = getattr(config, name), [str(choice) for choice in allowed]
+            raise UserError(f"{name}={value!r} must be one of {', '.join(words)}{did_you_mean(value, words)}")
     if config.run_name is not None and (not config.run_name.strip() or set(config.run_name) & set('/\\:*?"<>|')):
         raise UserError(f"run_name={config.run_name!r} must be a plain folder name without / \\ : * ? \" < > |")
     if config.init_from == "resume" and config.run_name is None:

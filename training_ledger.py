@@ -20,6 +20,7 @@ class Ledger:
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     non_finite_steps: int = 0
+    status: str = "running"  # then finished, interrupted or failed
     evaluations: list = field(default_factory=list)
     speeds: list = field(default_factory=list)  # tokens per second of the logged steps
 
@@ -38,25 +39,27 @@ class Ledger:
         return {name: getattr(self, name) for name in self.SAVED}
 
     def restore(self, state, metrics_rows):
-        """Continue from a checkpoint's state and the rows logged until then."""
+        """Continue from a checkpoint's state and the rows of metrics.jsonl, those logged until then."""
         for name in self.SAVED:
             setattr(self, name, state[name])
-        self.evaluations = [row for row in metrics_rows if row["kind"] == "eval"]
-        self.speeds = [row["tokens_per_second"] for row in metrics_rows if row["kind"] == "train" and row["step"] > 1]
+        rows = [row for row in metrics_rows if row["step"] <= self.step]
+        self.evaluations = [row for row in rows if row["kind"] == "eval"]
+        self.speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "train" and row["step"] > 1]
 
-    def best(self):
-        """The evaluation with the lowest loss, {} before the first."""
+    def best(self, among=None):
+        """The evaluation with the lowest loss, of those at the steps in `among` where it is given; {} where none is."""
         scored = [row for row in self.evaluations if row["val_loss"] is not None and math.isfinite(row["val_loss"])]
+        scored = [row for row in scored if among is None or row["step"] in among]
         return min(scored, key=lambda row: row["val_loss"], default={})
 
     def evaluated_at(self, step):
         return any(row["step"] == step for row in self.evaluations)
 
-    def summary(self, status):
+    def summary(self):
         """The counters as summary.json wants them."""
         last = self.evaluations[-1] if self.evaluations else {}
         return {
-            "status": status,
+            "status": self.status,
             "steps": self.step,
             "final_val_loss": last.get("val_loss"),
             "best_val_loss": self.best().get("val_loss"),

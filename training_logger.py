@@ -21,7 +21,8 @@ from configurator import save_sources
 from model_flops import active_parameters, mfu, parameters_by_group
 from training_checkpoint import write_atomically, write_json
 from training_parallel import peak_memory_bytes
-from training_report import human_count, human_seconds
+from training_report import human_count, human_seconds, printable
+from training_tokenizers import TOKENIZER_FILE
 from user_errors import UserError
 
 FORMAT = 1
@@ -76,35 +77,41 @@ def git_state():
 # ---- while it runs --------------------------------------------------------------------------------------------------------
 
 
-class RunLogger:
-    """Metrics files, sinks and the progress line of one run, on rank 0; `SilentLogger` is its twin elsewhere."""
+class SilentLogger:
+    """Says and writes nothing: for the ranks that are not rank 0."""
 
-    def __init__(self, folder, settings, record, total_steps):
-        self.folder, self.total_steps = Path(folder), total_steps
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_sources(settings, self.folder / "config")
-        write_json(self.folder / "config.json", finite(record))
-        self.metrics_path = self.folder / "metrics.jsonl"
-        self.file = open(self.metrics_path, "a", encoding="utf-8", newline="\n")
-        self.sinks = _sinks(settings.train, self.folder)
-        self.is_terminal = sys.stdout.isatty()
-        self.width = 0
+    def say(self, text=""):
+        pass
+
+    def train(self, row, eta_seconds):
+        pass
+
+    def evaluation(self, row, is_best):
+        pass
+
+    def sample(self, model, dataset, n_tokens, seed):
+        pass
+
+    def write_summary(self, summary):
+        pass
+
+    def finish(self, summary, flops, plot=False):
+        pass
+
+
+class ConsoleLogger(SilentLogger):
+    """Shows the progress of a run and writes nothing: for a run that is only evaluated."""
+
+    def __init__(self, total_steps):
+        self.total_steps, self.is_terminal, self.width = total_steps, sys.stdout.isatty(), 0
 
     def say(self, text=""):
         """Print a line that stays."""
         self._clear()
         print(text, flush=True)
 
-    def record(self, row):
-        """Append one row to metrics.jsonl, flushed, and to every sink."""
-        self.file.write(json.dumps(finite(row)) + "\n")
-        self.file.flush()
-        for sink in self.sinks:
-            sink.log(row)
-
     def train(self, row, eta_seconds):
-        """Record a training row and show it; on a terminal the line is overwritten by the next."""
-        self.record(row)
+        """Show a training row; on a terminal the line is overwritten by the next."""
         line = (
             f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  loss {row['loss']:.4f}"
             f"  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {human_count(row['tokens_per_second'])} tok/s"
@@ -118,24 +125,71 @@ class RunLogger:
             print(line, flush=True)
 
     def evaluation(self, row, is_best):
-        self.record(row)
+        """Show an evaluation row."""
+        bits = "" if row["bits_per_byte"] is None else f"  {row['bits_per_byte']:.4f} bits/byte"
         mark = "  best so far" if is_best else ""
         self.say(f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  val {row['val_loss']:.4f}"
-                 f"  perplexity {row['perplexity']:.2f}  {row['bits_per_byte']:.4f} bits/byte"
-                 f"  {human_count(row['tokens_processed'])} tokens{mark}")  # fmt: skip
+                 f"  perplexity {row['perplexity']:.2f}{bits}  {human_count(row['tokens_processed'])} tokens{mark}")  # fmt: skip
 
     def _clear(self):
         if self.width:
             print("\r" + " " * self.width + "\r", end="")
             self.width = 0
 
+
+class RunLogger(ConsoleLogger):
+    """Progress, metrics files and sinks of one run, on rank 0.
+
+    Args:
+        folder: the run folder, made here; with `is_resumed` it is there already.
+        record: what config.json is to hold.
+
+    Raises:
+        UserError: a folder that cannot be made or is taken, or a sink that is not installed; nothing is left behind.
+    """
+
+    def __init__(self, folder, settings, record, dataset, total_steps, is_resumed=False):
+        super().__init__(total_steps)
+        self.folder = Path(folder)
+        if settings.train.wandb_log:
+            import_wandb()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=is_resumed)
+        except FileExistsError:
+            raise UserError(f"{folder} was made by another process meanwhile; start again under another run_name") from None
+        except OSError as error:
+            raise UserError(f"runs_dir={settings.train.runs_dir!r} cannot hold run folders ({error.strerror}); choose another") from None
+        save_sources(settings, self.folder / "config")
+        write_json(self.folder / TOKENIZER_FILE, dataset.meta["tokenizer"])
+        write_json(self.folder / "config.json", finite(record | earlier_sessions(self.folder)))
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.file = open(self.metrics_path, "a", encoding="utf-8", newline="\n")
+        self.sinks = _sinks(settings.train, self.folder)
+
+    def record(self, row):
+        """Append one row to metrics.jsonl, flushed, and to every sink."""
+        self.file.write(json.dumps(finite(row)) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink.log(row)
+
+    def train(self, row, eta_seconds):
+        self.record(row)
+        super().train(row, eta_seconds)
+
+    def evaluation(self, row, is_best):
+        self.record(row)
+        super().evaluation(row, is_best)
+
     def sample(self, model, dataset, n_tokens, seed):
         """Print text that the model writes after the first words of the validation split, and keep it."""
+        if dataset.meta["tokenizer"]["name"] is None:
+            return self.say("no sample: the dataset's tokenizer is unknown")
         prompt = torch.from_numpy(dataset.val[:16].astype("int64"))[None].to(model.head.weight.device)
         ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=seeded_like(prompt, seed))[0].tolist()
         text = dataset.tokenizer.decode(ids)
         (self.folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
-        self.say(f"\n{text}\n")
+        self.say(f"\n{printable(text)}\n")
 
     def write_summary(self, summary):
         write_json(self.folder / "summary.json", finite({"format": FORMAT, **summary}))
@@ -160,28 +214,6 @@ def seeded_like(tensor, seed):
     return torch.Generator(device=tensor.device).manual_seed(seed)
 
 
-class SilentLogger:
-    """Says and writes nothing, for the ranks that are not rank 0."""
-
-    def say(self, text=""):
-        pass
-
-    def record(self, row):
-        pass
-
-    def train(self, row, eta_seconds):
-        pass
-
-    def evaluation(self, row, is_best):
-        pass
-
-    def write_summary(self, summary):
-        pass
-
-    def finish(self, summary, flops, plot=False):
-        pass
-
-
 def finite(value):
     """`value` with NaN and infinities as None, which is what JSON has."""
     if isinstance(value, dict):
@@ -195,8 +227,10 @@ def finite(value):
 
 
 def read_metrics(path):
-    """Rows of metrics.jsonl; a last line cut short by a crash is left out."""
+    """Rows of metrics.jsonl, none where there is no file; a last line cut short by a crash is left out."""
     rows = []
+    if not Path(path).exists():
+        return rows
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
@@ -205,17 +239,16 @@ def read_metrics(path):
     return rows
 
 
-def rewind_metrics(folder, step, may_write):
-    """Rows logged up to `step`; what came after, which a resumed run lives again, moves to metrics_abandoned.jsonl."""
+def rewind_metrics(folder, step):
+    """Keep the rows logged up to `step`; what came after, which a resumed run lives again, moves to metrics_abandoned.jsonl."""
     path = Path(folder) / "metrics.jsonl"
-    rows = read_metrics(path) if path.exists() else []
-    kept, dropped = ([row for row in rows if (row["step"] <= step) == keep] for keep in (True, False))
-    if may_write:
-        if dropped:
-            with open(path.with_name("metrics_abandoned.jsonl"), "a", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row) + "\n" for row in dropped)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
-    return kept
+    kept, dropped = [], []
+    for row in read_metrics(path):
+        (kept if row["step"] <= step else dropped).append(json.dumps(row) + "\n")
+    if dropped:
+        with open(path.with_name("metrics_abandoned.jsonl"), "a", encoding="utf-8", newline="\n") as file:
+            file.writelines(dropped)
+    write_atomically(path, "".join(kept).encode("utf-8"))
 
 
 def training_log(config, rows, flops):
@@ -260,7 +293,8 @@ def plot_loss(path, rows, title):
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value) if value else "0")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=140)
 
 
@@ -308,14 +342,19 @@ class TensorBoardSink:
         self.writer.close()
 
 
+def import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb_log=True needs Weights & Biases: pip install wandb, or leave wandb_log=False") from None
+    return wandb
+
+
 class WandbSink:
     """Weights & Biases, offline when nobody is logged in; curves against steps, with tokens to choose as the x axis."""
 
     def __init__(self, config, folder):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("wandb_log=True needs Weights & Biases: pip install wandb, or leave wandb_log=False") from None
+        wandb = import_wandb()
         has_login = bool(wandb.api.api_key) or "WANDB_MODE" in os.environ
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.run = wandb.init(
@@ -341,7 +380,7 @@ class WandbSink:
 
 
 def layer_stats(model):
-    """{'gradient_norms', 'weight_norms'}: L2 norms by layer and slot, such as 'blocks.0.mixer'."""
+    """{'gradient_norms', 'weight_norms'}: L2 norms by layer and slot, such as 'blocks.0.mixer', before clipping."""
     gradients = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
     return {"gradient_norms": _norms_by_layer(gradients), "weight_norms": _norms_by_layer(model.named_parameters())}
 
@@ -352,7 +391,7 @@ def _norms_by_layer(named_tensors):
         words = name.split(".")
         layer = ".".join(words[:3] if words[0] == "blocks" else words[:1])
         squares[layer] = squares.get(layer, 0.0) + tensor.detach().float().square().sum()
-    return {layer: float(square) ** 0.5 for layer, square in squares.items()}
+    return dict(zip(squares, torch.stack(list(squares.values())).sqrt().tolist(), strict=True))
 
 
 def config_record(settings, run_name, model, flops, dataset, validation, resolved, command):
@@ -371,7 +410,7 @@ def config_record(settings, run_name, model, flops, dataset, validation, resolve
         },
         "flops": flops.to_dict(),
         "dataset": {
-            "name": dataset.name, "fingerprint": dataset.fingerprint, "tokenizer": dataset.meta["tokenizer"]["name"],
+            "name": dataset.name, "fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer_name,
             "vocab_size": dataset.vocab_size, "train_tokens": len(dataset.train), "val_tokens": len(dataset.val),
             "evaluation_hash": validation.hash,
         },
@@ -380,6 +419,15 @@ def config_record(settings, run_name, model, flops, dataset, validation, resolve
         "command": command,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def earlier_sessions(folder):
+    """{'earlier_sessions': how and where the run was trained before it was resumed}, {} for a new run."""
+    if not (folder / "config.json").exists():
+        return {}
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    session = {name: before[name] for name in ("created", "command", "git", "versions", "resolved")}
+    return {"earlier_sessions": [*before.get("earlier_sessions", []), session]}
 
 
 def metadata_record(settings, run_name, ledger, stream):
@@ -403,7 +451,7 @@ def metadata_record(settings, run_name, ledger, stream):
 
 def size_and_speed(model, ledger, peak, place):
     """What summary.json adds to the ledger."""
-    speed = ledger.summary("")["tokens_per_second"]
+    speed = ledger.summary()["tokens_per_second"]
     return {
         "mfu": None if speed is None else mfu(ledger.flops_per_token, speed, peak, place.world_size),
         "peak_memory_bytes": peak_memory_bytes(place),

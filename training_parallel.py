@@ -54,7 +54,7 @@ def find_place(config):
     """Choose device and precision for this process, and join the others when torchrun launched it.
 
     Raises:
-        UserError: a device that is not there, or a precision that it does not have.
+        UserError: a device that is not there.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -163,12 +163,12 @@ def compile_module(module, example_batch, place):
     """
     import torch._dynamo
 
-    compiled = torch.compile(module)
-    random_state = torch.get_rng_state()
     try:
-        with place.autocast():
-            sums = compiled({name: tensor.to(place.device) for name, tensor in example_batch.items()})
-        sums["loss"].backward()
+        with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
+            compiled = torch.compile(module)
+            with place.autocast():
+                sums = compiled({name: tensor.to(place.device) for name, tensor in example_batch.items()})
+            sums["loss"].backward()
         if place.device.type == "cuda":
             torch.cuda.synchronize(place.device)
     except Exception as error:
@@ -177,7 +177,6 @@ def compile_module(module, example_batch, place):
         return module, f"off: torch.compile failed ({reason.strip()[:160]})"
     finally:
         module.zero_grad(set_to_none=True)
-        torch.set_rng_state(random_state)
     return compiled, "on"
 
 
@@ -204,9 +203,12 @@ def any_rank(flag, place):
     return bool(sum_over_ranks(torch.tensor(float(flag), device=place.device), place) > 0)
 
 
-def wait_for_all(place):
+def gather(value, place):
+    """[value of rank 0, of rank 1, ...], on every rank."""
+    values = [value] * place.world_size
     if place.world_size > 1:
-        dist.barrier()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def peak_memory_bytes(place):

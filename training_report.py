@@ -34,6 +34,11 @@ def human_seconds(seconds):
     return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
 
 
+def printable(text):
+    """`text` with control characters replaced, which an untrained byte model writes and a terminal would obey."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
+
+
 # ---- the report at start ------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +122,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
         ("", CONVENTION),
         ("state", f"{human_bytes(state_bytes(model, block_size))} to generate at {block_size} tokens"),
         ("dataset", f"{dataset.name}: {human_count(train_tokens)} training, {human_count(val_tokens)} validation tokens, "
-                    f"{dataset.meta['tokenizer']['name']}, vocabulary {dataset.vocab_size:,}"),
+                    f"{dataset.tokenizer_name}, vocabulary {dataset.vocab_size:,}"),
         ("step", f"{tokens_per_step:,} tokens: {config.batch_size} x {block_size}"
                  f" x {config.gradient_accumulation_steps} micro-batch(es)"),
         ("run", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / train_tokens:.2f} epochs, "

@@ -50,8 +50,6 @@ def how_to_prepare_again(folder):
 
 def tokenizer_of(meta):
     """The tokenizer of a dataset, from its meta."""
-    if meta["tokenizer"]["name"] is None:
-        raise UserError("the dataset's tokenizer is unknown, so it can be trained on but not read as text")
     return tokenizer_from_meta(meta["tokenizer"])
 
 

@@ -92,9 +92,12 @@ class Tokenizer:
         return [self.encode_text(text) for text in texts]
 
     def decode(self, ids):
-        """The text of token ids (list, array or tensor); an incomplete UTF-8 sequence shows as U+FFFD."""
+        """The text of token ids (list, array or tensor); an incomplete UTF-8 sequence shows as U+FFFD.
+
+        Ids beyond the vocabulary, which a model with a padded one may write, stand for nothing.
+        """
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
+        return b"".join([self.pieces[i] for i in ids if i < len(self.pieces)]).decode("utf-8", errors="replace")
 
     def token_bytes(self):
         """How many bytes of text each token stands for: the denominator of bits per byte."""
@@ -111,6 +114,8 @@ class Tokenizer:
 
 def tokenizer_from_meta(meta):
     """The tokenizer that `to_meta` described."""
+    if meta["name"] is None:
+        raise UserError("the dataset's tokenizer is unknown, so it can be trained on but not read as text")
     return TOKENIZER_REGISTRY[meta["name"]].from_meta(meta)
 
 

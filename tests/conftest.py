@@ -1,4 +1,4 @@
-"""What every test may rely on: the repository on sys.path, one thread, no network, and no trace of the test before it."""
+"""What every test may rely on: the repository on sys.path, one thread, no network, no trace of the test before."""
 
 import os
 import random
@@ -39,6 +39,12 @@ def clean_state():
     torch.set_default_dtype(dtype)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def transformers():
+    """The oracle that some parts are held to; requirements-dev.txt brings it."""
+    return pytest.importorskip("transformers")
 
 
 @pytest.fixture

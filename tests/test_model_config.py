@@ -43,7 +43,8 @@ def test_what_is_given_beside_a_preset_wins():
 
 
 @pytest.mark.parametrize("size, shape", {
-    "1M": (4, 4, 128), "5M": (6, 4, 256), "10M": (6, 6, 384), "124M": (12, 12, 768), "350M": (24, 16, 1024), "1B": (18, 16, 2048),
+    "1M": (4, 4, 128), "5M": (6, 4, 256), "10M": (6, 6, 384),
+    "124M": (12, 12, 768), "350M": (24, 16, 1024), "1B": (18, 16, 2048),
 }.items())  # fmt: skip
 def test_sizes(size, shape):
     config = ModelArchitectureConfig.from_preset("gpt2", model_size=size)
@@ -62,7 +63,8 @@ def test_replacing_the_preset_or_size_brings_its_values_and_keeps_the_rest():
 
 def test_expand_preset_lays_values_on_top():
     assert expand_preset({"n_head": 2}) == {"n_head": 2}
-    assert expand_preset({"model_size": "1M", "n_head": 2}) == {"model_size": "1M", "n_layer": 4, "n_head": 2, "n_embd": 128}
+    one_million = {"model_size": "1M", "n_layer": 4, "n_head": 2, "n_embd": 128}
+    assert expand_preset({"model_size": "1M", "n_head": 2}) == one_million
 
 
 def test_the_config_is_frozen():
@@ -132,7 +134,7 @@ def test_an_ffn_named_in_the_pattern_is_checked_too():
 
 
 def test_parallel_post_norm_names_both():
-    with pytest.raises(UserError, match="parallel_blocks=True.*norm_position='post'"):
+    with pytest.raises(UserError, match=r"parallel_blocks=True.*norm_position='post'"):
         ModelArchitectureConfig(parallel_blocks=True, norm_position="post")
 
 
@@ -150,7 +152,7 @@ def test_an_unknown_name_stops_with_the_nearest():
     ("attention", [("attention", "standard")] * 5),
     ("attention/none", [("attention", "none")] * 5),
     ("attention, attention/swiglu ,attention/none",
-     [("attention", "standard"), ("attention", "swiglu"), ("attention", "none"), ("attention", "standard"), ("attention", "swiglu")]),
+     [("attention", ffn) for ffn in ("standard", "swiglu", "none", "standard", "swiglu")]),
 ])  # fmt: skip
 def test_the_pattern_is_tiled_over_the_depth(pattern, blocks):
     assert ModelArchitectureConfig(n_layer=5, block_pattern=pattern).blocks() == blocks
@@ -162,7 +164,8 @@ def test_the_pattern_is_tiled_over_the_depth(pattern, blocks):
     ({"arch_preset": "gpt2_postnorm"}, "4L-4H-128D-Learned-LN-GELU-PostNorm"),
     ({"arch_preset": "hybrid"}, "4L-4H-128D-RoPE-LN-GELU-PreNorm"),
     ({}, "4L-4H-128D-Learned-LNnb-GELU-PreNorm"),
-    ({"activation": "relu2", "position_encoding": "alibi", "norm_position": "sandwich"}, "4L-4H-128D-ALiBi-LNnb-ReLU2-SandwichNorm"),
+    ({"activation": "relu2", "position_encoding": "alibi"}, "4L-4H-128D-ALiBi-LNnb-ReLU2-PreNorm"),
+    ({"norm_position": "sandwich", "normalization": "rmsnorm"}, "4L-4H-128D-Learned-RMS-GELU-SandwichNorm"),
     ({"position_encoding": "none", "ffn_type": "geglu"}, "4L-4H-128D-NoPos-LNnb-GEGLU-PreNorm"),
     ({"block_pattern": "attention/swiglu,attention"}, "4L-4H-128D-Learned-LNnb-SwiGLU+GELU-PreNorm"),
 ])  # fmt: skip

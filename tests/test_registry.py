@@ -64,7 +64,7 @@ def test_a_part_of_a_config_file_may_be_defined_anew_by_the_next_one(hats):
 
 
 def test_a_miss_names_the_nearest_and_all_that_exist(hats):
-    with pytest.raises(UserError, match=r"hat='bowlr' does not exist; did you mean 'bowler'\? \(known: bowler, fedora\)"):
+    with pytest.raises(UserError, match=r"^hat='bowlr' does not exist; did you mean 'bowler'\? \(known: bowler, f"):
         hats["bowlr"]
     with pytest.raises(UserError, match=r"hat='xyz' does not exist \(known"):
         hats["xyz"]
@@ -124,7 +124,10 @@ def test_nearest_is_close_or_nothing():
     assert did_you_mean("zzz", ["n_head"]) == ""
 
 
-@pytest.mark.parametrize("error, code, said", [(UserError("do this"), 2, "error: do this\n"), (KeyboardInterrupt(), 130, "stopped\n")])
+@pytest.mark.parametrize("error, code, said", [
+    (UserError("do this"), 2, "error: do this\n"),
+    (KeyboardInterrupt(), 130, "stopped\n"),
+], ids=["mistake", "ctrl-c"])  # fmt: skip
 def test_a_users_mistake_costs_one_sentence(capsys, error, code, said):
     @exit_on_user_error
     def main():

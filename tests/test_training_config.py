@@ -97,4 +97,5 @@ def test_options_for_a_part_are_its_defaults_under_what_was_set():
             momentum: float = 0.5
             steps: int = 3
 
-    assert vars(TrainConfig(part_options={"momentum": 0.1, "other": 1}).options_for(Part)) == {"momentum": 0.1, "steps": 3}
+    config = TrainConfig(part_options={"momentum": 0.1, "other": 1})
+    assert vars(config.options_for(Part)) == {"momentum": 0.1, "steps": 3}

@@ -1,0 +1,442 @@
+"""What every part and preset owes, by iterating the registries: a part is tested by existing."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixer_attention import ATTENTION_BACKEND_REGISTRY, MIXER_REGISTRY
+from model_builder import ConfigurableGPT, initialise, on_meta, parameter_plan
+from model_components import (
+    ACTIVATION_REGISTRY,
+    FFN_REGISTRY,
+    NORM_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    Norm,
+)
+from model_config import PRESETS
+from model_flops import active_parameters, flops_per_token, parameters_by_group, state_bytes
+from registry import options_of
+from user_errors import UserError
+
+B, T, V = 2, 16, 29
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+# ---- the table: every registered part and preset, and the ways to put blocks together -------------------------------
+
+
+def takes(mixer, encoding):
+    """Whether a mixer can honour a position encoding."""
+    return encoding in MIXER_REGISTRY[mixer].positions or not POSITION_ENCODING_REGISTRY[encoding].acts_in_attention
+
+
+VARIANTS = {f"preset-{name}": {"arch_preset": name} for name in PRESETS}
+VARIANTS |= {
+    f"{mixer}-{encoding}": {"block_pattern": mixer, "position_encoding": encoding}
+    for mixer in MIXER_REGISTRY for encoding in POSITION_ENCODING_REGISTRY if takes(mixer, encoding)
+}  # fmt: skip
+VARIANTS |= {f"backend-{name}": {"attention_backend": name}
+             for name, backend in ATTENTION_BACKEND_REGISTRY.items() if backend.differentiable_on_cpu}  # fmt: skip
+VARIANTS |= {f"ffn-{name}": {"ffn_type": name, "bias": True} for name in FFN_REGISTRY}
+VARIANTS |= {f"norm-{name}": {"normalization": name} for name in NORM_REGISTRY}
+VARIANTS |= {f"activation-{name}": {"activation": name} for name in ACTIVATION_REGISTRY}
+VARIANTS |= {f"norm_position-{place}": {"norm_position": place} for place in ("pre", "post", "sandwich")}
+VARIANTS |= {f"residual-{kind}": {"residual_scaling": kind} for kind in ("none", "depth", "learned")}
+VARIANTS |= {
+    "parallel": {"parallel_blocks": True},
+    "parallel-sandwich": {"parallel_blocks": True, "norm_position": "sandwich", "residual_scaling": "learned"},
+    "no-ffn": {"block_pattern": "attention/none"},
+    "mixed": {"block_pattern": "attention/swiglu,attention/none,attention"},
+    "untied": {"weight_tying": False, "logit_soft_cap": 3.0},
+    "gqa": {"n_kv_head": 2, "qk_norm": True, "position_encoding": "rope"},
+    "mqa": {"n_kv_head": 1, "bias": True},
+    "window": {"sliding_window": 4, "position_encoding": "rope"},
+    "capped": {"attention_soft_cap": 2.0, "attention_backend": "manual"},
+}
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@pytest.fixture
+def build(tiny):
+    """A model of a variant, 3 layers so that a pattern shows; its weights random and large unless told otherwise."""
+
+    def model(variant, fresh=False, dtype=torch.float32, **changes):
+        model = ConfigurableGPT(tiny(**{"n_layer": 3, "vocab_size": V, **VARIANTS[variant], **changes})).to(dtype)
+        return model if fresh else scrambled(model)
+
+    return model
+
+
+def scrambled(model):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.4)
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), Norm) and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model
+
+
+def tokens(b=B, t=T):
+    return torch.randint(V, (b, t), generator=torch.Generator().manual_seed(4))
+
+
+def test_the_table_holds_every_registered_part():
+    text = str(VARIANTS)
+    for registry in (MIXER_REGISTRY, FFN_REGISTRY, NORM_REGISTRY, POSITION_ENCODING_REGISTRY, ACTIVATION_REGISTRY):
+        assert all(f"'{name}'" in text for name in registry)
+
+
+# ---- forward and backward -------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_shapes_and_finite_gradients_to_every_parameter(build, variant):
+    model, idx = build(variant), tokens()
+    logits, loss = model(idx, idx.roll(-1, 1))
+    assert logits.shape == (B, T, V) and loss.shape == ()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), f"nothing reaches {name}"
+    assert model(idx[:1, :5])[0].shape == (1, 5, V)
+    assert model(idx[:, :1])[0].isfinite().all()
+
+
+@every_variant
+def test_causality_bit_for_bit(build, variant):
+    model, idx = build(variant), tokens()
+    with torch.no_grad():
+        before = model(idx)[0]
+        for t in (1, 7, 15):
+            changed = idx.clone()
+            changed[:, t] = (changed[:, t] + 1) % V
+            after = model(changed)[0]
+            assert torch.equal(after[:, :t], before[:, :t]), f"token {t} reaches back"
+            assert not torch.equal(after[:, t], before[:, t])
+
+
+@every_variant
+def test_the_gradient_reaches_no_later_token(build, variant):
+    model, idx = build(variant), tokens(1)
+    x = model._embed(idx, None).detach().requires_grad_()
+    y = x
+    for block in model.blocks:
+        y = block(y)
+    (grad,) = torch.autograd.grad(y[0, 6].sum(), x)
+    assert not grad[0, 7:].any() and grad[0, 6].any()
+
+
+@pytest.mark.parametrize("mixer", [name for name, part in MIXER_REGISTRY.items() if part.bidirectional])
+def test_a_mixer_that_says_it_runs_both_ways_does(tiny, mixer):
+    model, idx = scrambled(ConfigurableGPT(tiny(block_pattern=mixer, causal=False, position_encoding="none"))), tokens()
+    changed = idx.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % V
+    assert not torch.equal(model(changed)[0][:, 0], model(idx)[0][:, 0])
+
+
+def test_a_mixer_that_cannot_run_both_ways_is_refused(tiny):
+    for mixer, part in MIXER_REGISTRY.items():
+        if not part.bidirectional:
+            with pytest.raises(UserError, match="causal=False"):
+                ConfigurableGPT(tiny(block_pattern=mixer, causal=False, position_encoding="none"))
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_step_equals_forward_column_by_column(build, variant):
+    model, idx = build(variant, dtype=torch.float64), tokens()
+    with torch.no_grad():
+        wanted, state = model(idx)[0], model.init_state(B)
+        for t in range(T):
+            logits, state = model.step(idx[:, t : t + 1], state)
+            torch.testing.assert_close(logits[:, 0], wanted[:, t], **EXACT)
+
+
+@every_variant
+def test_steps_of_several_tokens_equal_forward(build, variant):
+    model, idx = build(variant, dtype=torch.float64), tokens()
+    with torch.no_grad():
+        state, columns = model.init_state(B), []
+        for piece in idx.split([6, 1, 5, 4], dim=1):
+            logits, state = model.step(piece, state)
+            columns.append(logits)
+        torch.testing.assert_close(torch.cat(columns, dim=1), model(idx)[0], **EXACT)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_declared_state_is_the_tensors_kept(build, variant, dtype):
+    model = build(variant, dtype=dtype, block_size=32)
+    with torch.no_grad():
+        _, state = model.step(tokens(B, 32), model.init_state(B))
+    assert state_bytes(model, 32, dtype) * B == bytes_of(state)
+
+
+def bytes_of(state):
+    """Bytes of all tensors in a nest of dictionaries, lists and tuples."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        state = list(state.values())
+    return sum(map(bytes_of, state)) if isinstance(state, (list, tuple)) else 0
+
+
+# ---- documents ------------------------------------------------------------------------------------------------------
+
+DOCUMENTS = torch.tensor([[0] * 6 + [1] * 5 + [2] * 5, [3] * 6 + [4] * 5 + [3] * 5])
+RESTARTED = torch.tensor([[*range(6), *range(5), *range(5)]] * 2)
+
+
+@every_variant
+def test_documents_do_not_leak_bit_for_bit(build, variant):
+    model, idx = build(variant), tokens()
+    changed = idx.clone()
+    changed[:, :6] = (changed[:, :6] + 1) % V
+    with torch.no_grad():
+        before, after = (model(i, positions=RESTARTED, document_ids=DOCUMENTS)[0] for i in (idx, changed))
+        free = model(changed)[0] - model(idx)[0]
+    assert torch.equal(after[0, 6:], before[0, 6:])
+    assert torch.equal(after[1, 6:11], before[1, 6:11])
+    assert not torch.equal(after[:, :6], before[:, :6])
+    assert free[0, 6:].any(), "without document_ids the first tokens reach the later ones"
+
+
+@every_variant
+def test_a_document_reads_as_it_would_alone(build, variant):
+    model, idx = build(variant, dtype=torch.float64), tokens()
+    with torch.no_grad():
+        packed = model(idx, positions=RESTARTED, document_ids=DOCUMENTS)[0]
+        for start, end in ((0, 6), (6, 11), (11, 16)):
+            torch.testing.assert_close(packed[:1, start:end], model(idx[:1, start:end])[0], **EXACT)
+
+
+# ---- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+def counted(model, t, backward=False):
+    """FLOPs per token by torch's own counter; attention as two matrix products, which it counts in full."""
+    idx = tokens(B, t)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = model(idx, idx)[1]
+        if backward:
+            loss.backward()
+    return counter.get_total_flops() / (B * t)
+
+
+@every_variant
+@pytest.mark.parametrize("t", [6, T])
+def test_declared_flops_equal_torchs_counter(build, variant, t):
+    # A window is counted as what it is, which the counter cannot see: it is compared where the window holds everything.
+    changes = {"sliding_window": T} if "sliding_window" in VARIANTS[variant] else {}
+    model = build(variant, **changes)
+    declared = flops_per_token(model, t)
+    assert declared.forward - declared.vectors == counted(model, t)
+    assert 3 * (declared.forward - declared.vectors) == counted(model, t, backward=True)
+    assert declared.training == declared.forward + declared.backward == 3 * declared.forward
+
+
+@every_variant
+def test_biases_and_norms_cost_two_per_weight(build, variant):
+    model = build(variant)
+    vectors = {name: p for name, p in model.named_parameters() if p.dim() == 1 and not name.endswith("_scale.gain")}
+    assert flops_per_token(model, T).vectors == 2 * sum(p.numel() for p in vectors.values())
+
+
+def test_a_window_costs_what_it_is(build):
+    windowed, full = build("window"), build("attention-rope")
+    assert flops_per_token(windowed, T).mixing == flops_per_token(full, 4).mixing
+    assert flops_per_token(windowed, 2).mixing == flops_per_token(full, 2).mixing
+
+
+# ---- the parameter plan ---------------------------------------------------------------------------------------------
+
+GROUPS = {"token embedding", "position embedding", "mixer", "ffn", "norm", "head"}
+
+
+@every_variant
+def test_the_plan_covers_every_parameter_once_and_groups_add_up(build, variant):
+    model, plan = build(variant, fresh=True), None
+    plan = parameter_plan(model)
+    assert [spec.name for spec in plan] == [name for name, _ in model.named_parameters()]
+    assert [spec.shape for spec in plan] == [tuple(p.shape) for p in model.parameters()]
+    assert {spec.group for spec in plan} <= GROUPS
+    assert {spec.init for spec in plan} <= {"normal", "residual", "zeros", "ones", "own"}
+    groups, total = parameters_by_group(model), sum(p.numel() for p in model.parameters())
+    assert groups == {group: sum(math.prod(s.shape) for s in plan if s.group == group) for group in groups}
+    assert sum(groups.values()) == total == active_parameters(model)
+
+
+@every_variant
+def test_declarations_name_what_exists(build, variant):
+    # A misspelt declaration would do nothing, silently.
+    for path, module in build(variant).named_modules():
+        for kind in ("no_weight_decay", "own_init", "residual_out"):
+            for name in getattr(module, kind, ()):
+                owner, _, leaf = name.rpartition(".")
+                assert hasattr(module.get_submodule(owner), leaf), f"{path} declares {kind} {name}"
+
+
+@every_variant
+def test_initial_values_are_those_of_the_plan(build, variant):
+    model = build(variant, fresh=True, n_embd=64, vocab_size=300, init_std=0.05)
+    for spec in parameter_plan(model):
+        values = model.get_parameter(spec.name)
+        assert values.isfinite().all()
+        if spec.init in ("zeros", "ones"):
+            assert (values == (spec.init == "ones")).all(), spec
+        elif spec.init in ("normal", "residual"):
+            std = 0.05 if spec.init == "normal" else 0.05 / math.sqrt(2 * 3)
+            assert values.std().item() == pytest.approx(std, rel=0.08), spec
+            assert abs(values.mean()) < 4 * std / values.numel() ** 0.5, spec
+            assert values.abs().max() > 2.5 * std, f"{spec} is not normal"
+
+
+@every_variant
+def test_weight_decay_falls_on_matrices_and_embeddings_alone(build, variant):
+    model = build(variant, fresh=True)
+    for spec in parameter_plan(model):
+        leaf = spec.name.rpartition(".")[2]
+        if leaf == "bias" or spec.group == "norm" or len(spec.shape) < 2:
+            assert not spec.weight_decay, spec
+        owner = model.get_submodule(spec.name.rpartition(".")[0])
+        if isinstance(owner, (nn.Linear, nn.Embedding)) and leaf == "weight":
+            assert spec.weight_decay, spec
+        assert spec.is_matrix == (isinstance(owner, nn.Linear) and leaf == "weight" and "blocks." in spec.name), spec
+
+
+def test_residual_outputs_are_those_that_write_to_the_stream(build):
+    plan = parameter_plan(build("mixed", fresh=True, bias=True))
+    residual = {spec.name.split(".", 2)[2] for spec in plan if spec.init == "residual"}
+    assert residual == {"mixer.out.weight", "ffn.down.weight"}
+    assert all(spec.init == "zeros" for spec in plan if spec.name.endswith(".bias"))
+
+
+def test_learned_residual_gains_start_where_depth_stands(build):
+    learned, depth = build("residual-learned", fresh=True), build("residual-depth", fresh=True)
+    gains = [p for name, p in learned.named_parameters() if name.endswith("gain")]
+    assert len(gains) == 6 and all((gain == torch.tensor(6**-0.5)).all() for gain in gains)
+    torch.testing.assert_close(learned(tokens())[0], depth(tokens())[0])
+
+
+def test_the_same_parameter_starts_the_same_in_every_architecture(build):
+    # So that two architectures differ by their parts and not by their luck.
+    first, shared = {}, 0
+    for variant in VARIANTS:
+        model = build(variant, fresh=True)
+        for spec in parameter_plan(model):
+            key = (spec.name, spec.shape, spec.init)
+            values = model.get_parameter(spec.name)
+            shared += key in first
+            assert torch.equal(first.setdefault(key, values), values), f"{spec.name} of {variant}"
+    assert shared > 20 * len(VARIANTS)
+
+
+def test_initial_values_follow_the_seed_alone(tiny):
+    config = tiny()
+    one = ConfigurableGPT(config, seed=7).state_dict()
+    torch.manual_seed(99)
+    two, other = ConfigurableGPT(config, seed=7).state_dict(), ConfigurableGPT(config, seed=8).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["token_embedding.weight"], other["token_embedding.weight"])
+    matrices = [values.flatten()[:256] for name, values in one.items() if name.endswith("qkv.weight")]
+    assert not torch.equal(*matrices), "two layers began alike"
+
+
+# ---- copies, and building without memory ----------------------------------------------------------------------------
+
+
+@every_variant
+def test_a_copy_is_the_same_model(build, variant):
+    model, idx = build(variant), tokens()
+    wanted = model(idx)[0]
+    copied = copy.deepcopy(model)
+    assert parameter_plan(copied) == parameter_plan(model)
+    assert torch.equal(copied(idx)[0], wanted)
+    with torch.no_grad():
+        copied.token_embedding.weight.zero_()
+    assert torch.equal(model(idx)[0], wanted)
+
+
+@every_variant
+def test_built_without_memory_and_filled_later_it_is_the_same_model(build, variant):
+    model, idx = build(variant, fresh=True), tokens()
+    with on_meta():
+        hollow = ConfigurableGPT(model.config)
+    assert all(parameter.is_meta for parameter in hollow.parameters())
+    assert parameter_plan(hollow) == parameter_plan(model)
+    assert flops_per_token(hollow) == flops_per_token(model)
+    assert parameters_by_group(hollow) == parameters_by_group(model)
+    hollow.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in hollow.parameters():
+            parameter.fill_(float("nan"))
+    initialise(hollow, seed=1337)
+    assert torch.equal(hollow(idx)[0], model(idx)[0])
+
+
+@every_variant
+def test_a_model_is_rebuilt_from_its_weights(build, variant):
+    model, idx = build(variant), tokens()
+    other = ConfigurableGPT(dataclasses.replace(model.config), seed=5)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(idx)[0], model(idx)[0])
+
+
+# ---- a part is tested by existing: what the contract catches --------------------------------------------------------
+
+
+def test_options_of_every_part_have_the_type_that_they_declare():
+    for registry in (MIXER_REGISTRY, FFN_REGISTRY, POSITION_ENCODING_REGISTRY):
+        for name, part in registry.items():
+            for option, declared in options_of(part).items():
+                assert isinstance(declared.default, declared.type), f"{name}.{option}"
+
+
+def test_a_parameter_that_no_rule_covers_is_refused(tiny):
+    class Scaled(FFN_REGISTRY["standard"]):
+        def __init__(self, config, layer_index):
+            super().__init__(config, layer_index)
+            self.secret = nn.Parameter(torch.ones(3))
+
+    FFN_REGISTRY["scaled"] = Scaled
+    with pytest.raises(TypeError, match=r"Scaled\.secret \(blocks\.0\.ffn\.secret\) has no initialisation"):
+        ConfigurableGPT(tiny(ffn_type="scaled"))
+
+
+def test_what_a_part_declares_is_done(tiny):
+    class Special(FFN_REGISTRY["standard"]):
+        own_init = ("decay",)
+        no_weight_decay = ("decay", "up.weight")
+        residual_out = ()
+
+        def __init__(self, config, layer_index):
+            super().__init__(config, layer_index)
+            self.decay = nn.Parameter(torch.empty(4, 5))
+
+        def init_own_parameters(self, generator):
+            self.decay.copy_(torch.rand(4, 5, generator=generator) + 1)
+
+        def forward(self, x):
+            return super().forward(x) * self.decay.mean()
+
+    FFN_REGISTRY["special"] = Special
+    model = ConfigurableGPT(tiny(ffn_type="special"))
+    plan = {spec.name: spec for spec in parameter_plan(model)}
+    decays = [model.get_parameter(f"blocks.{layer}.ffn.decay") for layer in range(2)]
+    assert all(((decay >= 1) & (decay <= 2)).all() for decay in decays) and not torch.equal(*decays)
+    assert plan["blocks.0.ffn.decay"].init == "own" and not plan["blocks.0.ffn.decay"].weight_decay
+    assert not plan["blocks.0.ffn.up.weight"].weight_decay and plan["blocks.0.ffn.down.weight"].weight_decay
+    assert plan["blocks.0.ffn.down.weight"].init == "normal"
+    again = ConfigurableGPT(tiny(ffn_type="special"))
+    assert torch.equal(again.blocks[1].ffn.decay, decays[1])
+    assert F.mse_loss(copy.deepcopy(model)(tokens())[0], model(tokens())[0]) == 0

@@ -1,0 +1,177 @@
+"""Runs of train.py inside the test's own process, on a text that is written once, with a model of a few thousand weights.
+
+    from training_helpers import book, workshop          # fixtures
+
+    folder = workshop.run("--max_iters=8")             # runs/<name>, as train.py leaves it
+    sentence = workshop.refused("--n_layr=2")            # what stands after 'error: ', once all else is checked
+"""
+
+import itertools
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from model_flops import HardwarePeak
+
+ROOT = Path(__file__).resolve().parents[1]
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew potions in old kettles".split()
+
+TINY = (
+    "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--max_iters=8", "--learning_rate=0.01",
+    "--warmup_iters=2", "--eval_interval=4", "--eval_iters=2", "--log_interval=1", "--sample_tokens=0", "--device=cpu",
+    "--threads=1", "--plot=False", "--tensorboard=False",
+)  # fmt: skip
+
+# What a clock or a memory meter decides, and so differs between two runs that are otherwise the same.
+MEASURED = {
+    "seconds", "tokens_per_second", "mfu", "data_wait", "train_seconds", "eval_seconds", "peak_memory_bytes",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    """A folder with book.txt, 12 kB of sentences from sixteen words, and data/ where it is prepared once."""
+    folder, rng = tmp_path_factory.mktemp("book"), random.Random(1)
+    lines = [" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(200)]
+    (folder / "book.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    return folder
+
+
+class Workshop:
+    """A folder for runs, the book to train on, and what a command printed."""
+
+    def __init__(self, folder, book, capsys=None):
+        self.folder, self.book, self.capsys = folder, book, capsys
+        self.runs, self.numbers = folder / "runs", itertools.count(1)
+
+    @property
+    def data(self):
+        return (f"--data_dir={self.book / 'data'}", "--dataset=text", f"--input={self.book / 'book.txt'}")
+
+    def command(self, *arguments, name=None):
+        """Arguments of a tiny run called `name`."""
+        named = () if name is None else (f"--run_name={name}",)
+        return [*self.data, f"--runs_dir={self.runs}", *TINY, *named, *arguments]
+
+    def run(self, *arguments, name=None):
+        """Train from scratch, and return the run folder."""
+        name = name or f"run{next(self.numbers)}"
+        train.main(self.command(*arguments, name=name))
+        return self.runs / name
+
+    def resume(self, folder, *arguments):
+        train.main([f"--runs_dir={folder.parent}", f"--run_name={folder.name}", "--init_from=resume", *arguments])
+        return folder
+
+    def printed(self):
+        """Standard output since it was last asked for."""
+        return self.capsys.readouterr().out
+
+    def refused(self, *arguments, main=train.main):
+        """The sentence that a mistake costs; held to be one line, with exit code 2 and no trace of Python."""
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        out, err = self.capsys.readouterr()
+        assert stop.value.code == 2
+        assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+        assert "Traceback" not in out + err
+        return err[len("error: ") : -1]
+
+
+def a_peak(device, precision):
+    return HardwarePeak(1e11, "a number")
+
+
+@pytest.fixture
+def workshop(tmp_path, book, capsys, monkeypatch):
+    """A Workshop in which no time goes into measuring the processor's peak."""
+    monkeypatch.setattr(train, "hardware_peak", a_peak)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return Workshop(tmp_path, book, capsys)
+
+
+# ---- reading runs ---------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows(folder, kind=None):
+    """Rows of metrics.jsonl without what a clock decides."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    found = [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
+    return [row for row in found if kind in (None, row["kind"])]
+
+
+def summary(folder):
+    return read_json(folder / "summary.json")
+
+
+def weights(folder, step):
+    return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+
+
+def training_state(folder, step):
+    """training_state.pt without what a clock decides."""
+    state = torch.load(folder / f"checkpoint-{step}" / "training_state.pt", weights_only=True)
+    state["ledger"] = {key: value for key, value in state["ledger"].items() if key not in MEASURED}
+    return state
+
+
+def steps_of_checkpoints(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+def files_in(folder):
+    """{path: bytes} of everything in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_same(a, b, where="value"):
+    """Equal to the last bit, tensors included."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{where}[{index}]")
+    elif torch.is_tensor(a):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a, b, step):
+    """Two runs agree at a checkpoint in weights, optimizer, stream and counters, and in every logged number."""
+    assert_same(weights(a, step), weights(b, step), "weights")
+    assert_same(training_state(a, step), training_state(b, step), "training_state")
+    assert rows(a, "train") == rows(b, "train")
+    assert rows(a, "eval") == rows(b, "eval")
+
+
+# ---- other processes ------------------------------------------------------------------------------------------------
+
+
+def environment(**changes):
+    """For a child process: one thread, and none of torchrun's variables."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **changes}
+
+
+def script(name, *arguments):
+    return [sys.executable, str(ROOT / name), *map(str, arguments)]
