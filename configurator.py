@@ -347,7 +347,9 @@ def resume(arguments):
         changed.append((name, before.train.sequences_per_step, settings.train.sequences_per_step))
     if changed:
         name, was, now = changed[0]
-        raise UserError(f"run '{run_name}' was made with {name}={was!r} and this command says {now!r}; drop it, or start a new run")
+        raise UserError(
+            f"run '{run_name}' was made with {name}={was!r} and this command says {now!r}; drop it, or start a new run"
+        )
     sources = before.sources + [source for source in settings.sources if source not in before.sources]
     return dataclasses.replace(settings, sources=sources)
 

@@ -35,6 +35,10 @@ class Mixer(nn.Module):
         """Forward FLOPs per token at context T, beyond those of its nn.Linear weights."""
         raise NotImplementedError
 
+    def elementwise_flops(self, T):
+        """The part of mixing_flops(T) that is no matrix product (a scan, a shift): torch's counter cannot see it."""
+        return 0
+
     def init_state(self, batch, device=None, dtype=None):
         """The state before the first token, for `batch` sequences."""
         raise NotImplementedError
@@ -185,7 +189,9 @@ class Attention(Mixer):
         self.qkv = nn.Linear(config.n_embd, sum(self.split_sizes), bias=config.bias)  # one product for all three
         self.out = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         norm = NORM_REGISTRY[config.normalization] if o.qk_norm else None
-        self.query_norm, self.key_norm = (norm(self.head_dim, config), norm(self.head_dim, config)) if norm else (None, None)
+        self.query_norm, self.key_norm = (
+            (norm(self.head_dim, config), norm(self.head_dim, config)) if norm else (None, None)
+        )
         encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
         self.position_encoding = encoding(config, self.head_dim) if encoding.acts_in_attention else None
 
@@ -298,4 +304,6 @@ def _check(config, o, n_kv_head):
             " use attention_backend='flex' or 'manual'"
         )
     if config.attention_backend == "flex" and config.dropout:
-        raise UserError(f"attention_backend='flex' has no dropout and dropout={config.dropout}; use 'sdpa' or dropout=0.0")
+        raise UserError(
+            f"attention_backend='flex' has no dropout and dropout={config.dropout}; use 'sdpa' or dropout=0.0"
+        )

@@ -73,8 +73,10 @@ class Block(nn.Module):
     def _through(self, x, mix):
         if self.parallel and self.ffn is not None:
             h = self.mixer_norm(x)
-            return x + self._branch(mix(h), self.mixer_out_norm, self.mixer_scale) + self._branch(
-                self.ffn(h), self.ffn_out_norm, self.ffn_scale
+            return (
+                x
+                + self._branch(mix(h), self.mixer_out_norm, self.mixer_scale)
+                + self._branch(self.ffn(h), self.ffn_out_norm, self.ffn_scale)
             )
         x = self._residual(x, mix, self.mixer_norm, self.mixer_out_norm, self.mixer_scale)
         if self.ffn is not None:
@@ -311,7 +313,9 @@ def parameter_plan(model):
         init = _init_rule(owner, leaf, name, declared)
         is_vector = parameter.dim() < 2 or name in declared["no_weight_decay"]
         is_matrix = isinstance(owner, nn.Linear) and leaf == "weight" and "blocks" in path.split(".")
-        plan.append(ParameterSpec(name, tuple(parameter.shape), _group(model, path, owner), init, not is_vector, is_matrix))
+        plan.append(
+            ParameterSpec(name, tuple(parameter.shape), _group(model, path, owner), init, not is_vector, is_matrix)
+        )
     return plan
 
 
@@ -367,7 +371,7 @@ def initialise(model, seed):
                 values = torch.empty(spec.shape, device="cpu").normal_(0.0, std, generator=seeded(seed, spec.name))
                 parameter.copy_(values)
         for path, module in model.named_modules():
-            own = [getattr(module, name, None) for name in getattr(module, "own_init", ())]
+            own = [parameters.get(f"{path}.{name}" if path else name) for name in getattr(module, "own_init", ())]
             if any(parameter is not None and not parameter.is_meta for parameter in own):
                 module.init_own_parameters(seeded(seed, path))
 

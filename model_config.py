@@ -1,8 +1,8 @@
 """`ModelArchitectureConfig`: what the network is. Presets, sizes, validation, names, JSON. Standard library only.
 
-    config = ModelArchitectureConfig.from_preset('llama', model_size='124M', n_kv_head=4)
-    config.architecture_name()          # '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
-    config.save('llama.json'); ModelArchitectureConfig.load('llama.json') == config
+config = ModelArchitectureConfig.from_preset('llama', model_size='124M', n_kv_head=4)
+config.architecture_name()          # '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
+config.save('llama.json'); ModelArchitectureConfig.load('llama.json') == config
 """
 
 import dataclasses
@@ -14,15 +14,19 @@ from types import SimpleNamespace
 from registry import ALL_REGISTRIES, options_from_json, options_of, registered_options
 from user_errors import UserError, did_you_mean
 
-# A preset fixes the nine options, so that a later preset replaces an earlier one entirely.
+# A preset fixes the nine options and the mixer, so that a later preset replaces an earlier one entirely.
 _GPT2 = dict(
+    block_pattern="attention",
     normalization="layernorm", activation="gelu", position_encoding="learned_absolute", attention_backend="sdpa",
     norm_position="pre", ffn_type="standard", bias=True, weight_tying=True, dropout=0.0,
 )  # fmt: skip
 _LLAMA = dict(
+    block_pattern="attention",
     normalization="rmsnorm", activation="silu", position_encoding="rope", attention_backend="sdpa",
     norm_position="pre", ffn_type="swiglu", bias=False, weight_tying=False, dropout=0.0,
 )  # fmt: skip
+# No FFN: the mixer has the gate. LLaMA's are there for a block_pattern that wants some.
+_MAMBA = {**_LLAMA, "block_pattern": "mamba/none", "position_encoding": "none", "weight_tying": True}
 PRESETS = {
     "custom": {},
     "gpt2": _GPT2,  # Radford et al. 2019: pre-norm, and so is this
@@ -30,6 +34,26 @@ PRESETS = {
     "llama": _LLAMA,  # Touvron et al. 2023
     "team": _LLAMA,  # another name of the same
     "hybrid": {**_GPT2, "position_encoding": "rope"},  # RoPE + LayerNorm + GELU + pre-norm
+    # -- linear attention and its kin
+    "linear_attention": {**_GPT2, "block_pattern": "linear_attention"},  # Katharopoulos et al. 2020, in a GPT-2
+    "retention": {**_LLAMA, "block_pattern": "retention"},  # Sun et al. 2023: RoPE and a decay make xPos
+    "gla": {**_LLAMA, "block_pattern": "gla", "position_encoding": "none"},  # Yang et al. 2023
+    "delta_net": {**_LLAMA, "block_pattern": "delta_net", "position_encoding": "none"},  # Yang et al. 2024
+    "gated_delta_net": {**_LLAMA, "block_pattern": "gated_delta_net", "position_encoding": "none"},  # Yang et al. 2025
+    "rwkv7": {
+        **_GPT2,
+        "block_pattern": "rwkv7",
+        "activation": "relu2",
+        "position_encoding": "none",
+        "bias": False,
+        "weight_tying": False,
+    },  # Peng et al. 2025
+    # -- state space models and recurrent networks: the order of tokens is in the recurrence, so there is no encoding
+    "mamba": _MAMBA,  # Gu & Dao 2023
+    "mamba2": {**_MAMBA, "block_pattern": "mamba2/none"},  # Dao & Gu 2024
+    "lstm": {**_MAMBA, "block_pattern": "lstm/none"},  # Hochreiter & Schmidhuber 1997, stacked with residuals
+    "gru": {**_MAMBA, "block_pattern": "gru/none"},  # Cho et al. 2014
+    "rnn": {**_MAMBA, "block_pattern": "rnn/none"},  # Elman 1990
 }
 
 # Named by what they are with a GELU block of 12 n_embd^2 weights, and from 124M on with GPT-2's 50,257 tokens.
@@ -70,7 +94,9 @@ class ModelArchitectureConfig:
     dropout: float = 0.0  # on the embedding, attention weights and both branches
 
     # -- blocks
-    block_pattern: str = "attention"  # mixers tiled over the depth, 'a,b,a'; 'a/none' leaves the FFN out, 'a/swiglu' picks one
+    block_pattern: str = (
+        "attention"  # mixers tiled over the depth, 'a,b,a'; 'a/none' leaves the FFN out, 'a/swiglu' picks one
+    )
     parallel_blocks: bool = False  # mixer and FFN read the same norm and are added together (PaLM)
     residual_scaling: str = "none"  # none, depth: branches / sqrt(2 n_layer), learned: a gain per channel (LayerScale)
     causal: bool = True  # a token sees only the tokens before it
@@ -122,7 +148,8 @@ class ModelArchitectureConfig:
             words.append("+".join(_LABELS.get(mixer, mixer) for mixer in mixers))
         words += [_LABELS.get(self.position_encoding, self.position_encoding)]
         words += [_LABELS.get(self.normalization, self.normalization)]
-        words += ["+".join(_LABELS.get(self.activation if ffn == "standard" else ffn, ffn) for ffn in ffns)]
+        activations = [self.activation if ffn == "standard" else ffn for ffn in ffns]
+        words += ["+".join("NoFFN" if name == "none" else _LABELS.get(name, name) for name in activations)]
         words += [_LABELS.get(self.norm_position, self.norm_position)]
         return "-".join(words)
 
@@ -168,6 +195,7 @@ _LABELS = {
     "layernorm": "LN", "layernorm_nobias": "LNnb", "rmsnorm": "RMS",
     "gelu": "GELU", "gelu_tanh": "GELUtanh", "silu": "SiLU", "relu": "ReLU", "leaky_relu": "LeakyReLU", "relu2": "ReLU2",
     "swiglu": "SwiGLU", "geglu": "GEGLU",
+    "mamba": "Mamba", "mamba2": "Mamba2", "lstm": "LSTM", "gru": "GRU", "rnn": "RNN",
     "pre": "PreNorm", "post": "PostNorm", "sandwich": "SandwichNorm",
 }  # fmt: skip
 
@@ -180,7 +208,9 @@ def expand_preset(values):
     """
     preset, size = values.get("arch_preset"), values.get("model_size")
     if preset is not None and preset not in PRESETS:
-        raise UserError(f"arch_preset={preset!r} does not exist{did_you_mean(preset, PRESETS)} (known: {', '.join(PRESETS)})")
+        raise UserError(
+            f"arch_preset={preset!r} does not exist{did_you_mean(preset, PRESETS)} (known: {', '.join(PRESETS)})"
+        )
     if size is not None and size not in SIZES:
         raise UserError(f"model_size={size!r} does not exist{did_you_mean(size, SIZES)} (known: {', '.join(SIZES)})")
     return {**PRESETS.get(preset, {}), **SIZES.get(size, {}), **values}
@@ -239,4 +269,6 @@ def _check_registered(registry_name, value, setting=None):
     registry = ALL_REGISTRIES.get(registry_name)
     if registry and value not in registry:
         known = ", ".join(sorted(registry))
-        raise UserError(f"{setting or registry_name}={value!r} does not exist{did_you_mean(value, registry)} (known: {known})")
+        raise UserError(
+            f"{setting or registry_name}={value!r} does not exist{did_you_mean(value, registry)} (known: {known})"
+        )

@@ -19,7 +19,9 @@ import torch.nn as nn
 from model_builder import ConfigurableGPT, on_meta, parameter_plan
 from model_components import Norm
 
-CONVENTION = "training = 3 x forward; attention without the causal half (PaLM); embedding lookups and recomputation not counted"
+CONVENTION = (
+    "training = 3 x forward; attention without the causal half (PaLM); embedding lookups and recomputation not counted"
+)
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------------

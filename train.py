@@ -84,12 +84,16 @@ def train(arguments, closing):
         checkpoint.load_model(model, saved_at)
         saved = checkpoint.load_training_state(saved_at)
         if saved["stream"] != stream.initial_hash:
-            raise UserError(f"run '{config.run_name}' was trained on other tokens than {dataset.folder} holds; restore it, or start a new run")
+            raise UserError(
+                f"run '{config.run_name}' was trained on other tokens than {dataset.folder} holds; restore it, or start a new run"
+            )
         checkpoint.restore_optimizers(optimizers, saved["optimizers"], saved_at)
         scaler.load_state_dict(saved["scaler"])
         ledger.restore(saved["ledger"], logging.read_metrics(folder / "metrics.jsonl"))
         if ledger.step >= total_steps and not config.eval_only:
-            raise UserError(f"run '{config.run_name}' is at step {ledger.step} of {total_steps}; to go on, raise --max_iters")
+            raise UserError(
+                f"run '{config.run_name}' is at step {ledger.step} of {total_steps}; to go on, raise --max_iters"
+            )
     else:
         folder = logging.new_run_folder(settings, dataset.name)
 
@@ -136,7 +140,9 @@ def train(arguments, closing):
                 "ledger": ledger.state(), "optimizers": checkpoint.optimizer_state(optimizers), "scaler": scaler.state_dict(),
                 "stream": stream.initial_hash, "random_states": random_states,
             }  # fmt: skip
-            checkpoint.save_checkpoint(folder, model, state, logging.metadata_record(settings, folder.name, ledger, stream))
+            checkpoint.save_checkpoint(
+                folder, model, state, logging.metadata_record(settings, folder.name, ledger, stream)
+            )
             saved_steps = {step for step, _ in checkpoint.list_checkpoints(folder)}
             checkpoint.prune(folder, config.keep_checkpoints, {ledger.best(saved_steps).get("step")})
 
@@ -166,7 +172,16 @@ def train(arguments, closing):
         if ledger.step in to_evaluate and not ledger.evaluated_at(ledger.step):
             evaluate()  # the run stopped between saving and evaluating
     loader = closing.enter_context(
-        Prefetcher(stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches, place.rank, place.world_size, place.device)
+        Prefetcher(
+            stream,
+            ledger.step,
+            total_steps,
+            config.batch_size,
+            config.prefetch_batches,
+            place.rank,
+            place.world_size,
+            place.device,
+        )
     )
     stop = closing.enter_context(checkpoint.StopSignals())
     in_a_row = 0
@@ -213,7 +228,11 @@ def train(arguments, closing):
         ledger.stream_hash = stream.hash_after(ledger.step - 1, ledger.stream_hash)
         ledger.non_finite_steps += not is_finite
         in_a_row = 0 if is_finite else in_a_row + 1
-        since_log = {"steps": since_log["steps"] + 1, "seconds": since_log["seconds"] + seconds, "wait": since_log["wait"] + wait}
+        since_log = {
+            "steps": since_log["steps"] + 1,
+            "seconds": since_log["seconds"] + seconds,
+            "wait": since_log["wait"] + wait,
+        }
 
         # -- log, save, evaluate: in this order, so that a crash in an evaluation loses nothing
         is_last = ledger.step == total_steps
@@ -250,7 +269,9 @@ def train(arguments, closing):
 
     # ---- the end ------------------------------------------------------------------------------------------------------------------
     if ledger.status == "interrupted":
-        return log.say(f"stopped by {stop.name or 'another rank'} at step {ledger.step}; continue with --init_from=resume --run_name={folder.name}")
+        return log.say(
+            f"stopped by {stop.name or 'another rank'} at step {ledger.step}; continue with --init_from=resume --run_name={folder.name}"
+        )
     ledger.status = "finished"
     if config.sample_tokens:
         log.sample(model, dataset, config.sample_tokens, config.seed)

@@ -1,9 +1,9 @@
 """Checkpoints: when they are due, written whole or not at all, read back with every byte checked.
 
-    runs/<name>/checkpoint-5000/
-      model.safetensors     unsharded and unprefixed: loads on a laptop, whatever trained it
-      training_state.pt     optimizer by parameter name, random state, scaler, stream (loads with weights_only=True)
-      metadata.json         step, token counters, both configs, checksums
+runs/<name>/checkpoint-5000/
+  model.safetensors     unsharded and unprefixed: loads on a laptop, whatever trained it
+  training_state.pt     optimizer by parameter name, random state, scaler, stream (loads with weights_only=True)
+  metadata.json         step, token counters, both configs, checksums
 """
 
 import hashlib
@@ -83,7 +83,9 @@ def save_checkpoint(run_folder, model, training_state, metadata):
         os.replace(temporary, target)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what the libraries make of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{target} could not be written ({error}); make room on the disk, then --init_from=resume") from error
+        raise UserError(
+            f"{target} could not be written ({error}); make room on the disk, then --init_from=resume"
+        ) from error
     _sync(target.parent)
     return target
 
@@ -169,7 +171,9 @@ def find_checkpoint(run_folder, step=None):
     if step is None:
         return found[max(found)]
     if step not in found:
-        raise UserError(f"run {run_folder} has no checkpoint at step {step}; it has {', '.join(map(str, sorted(found)))}")
+        raise UserError(
+            f"run {run_folder} has no checkpoint at step {step}; it has {', '.join(map(str, sorted(found)))}"
+        )
     return found[step]
 
 

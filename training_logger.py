@@ -45,7 +45,11 @@ def new_run_folder(settings, dataset_name):
                 f"run_name='{config.run_name}' exists in {config.runs_dir}; continue it with --init_from=resume, or choose another name"
             )
         return folder
-    what = model.arch_preset if model.arch_preset != "custom" else "+".join(dict.fromkeys(mixer for mixer, _ in model.blocks()))
+    what = (
+        model.arch_preset
+        if model.arch_preset != "custom"
+        else "+".join(dict.fromkeys(mixer for mixer, _ in model.blocks()))
+    )
     shape = model.model_size or f"{model.n_layer}x{model.n_embd}"
     name = f"{what}-{shape}-{dataset_name}-s{config.seed}"
     folder, copy = Path(config.runs_dir) / name, 1
@@ -156,9 +160,13 @@ class RunLogger(ConsoleLogger):
         try:
             self.folder.mkdir(parents=True, exist_ok=is_resumed)
         except FileExistsError:
-            raise UserError(f"{folder} was made by another process meanwhile; start again under another run_name") from None
+            raise UserError(
+                f"{folder} was made by another process meanwhile; start again under another run_name"
+            ) from None
         except OSError as error:
-            raise UserError(f"runs_dir={settings.train.runs_dir!r} cannot hold run folders ({error.strerror}); choose another") from None
+            raise UserError(
+                f"runs_dir={settings.train.runs_dir!r} cannot hold run folders ({error.strerror}); choose another"
+            ) from None
         save_sources(settings, self.folder / "config")
         write_json(self.folder / TOKENIZER_FILE, dataset.meta["tokenizer"])
         write_json(self.folder / "config.json", finite(record | earlier_sessions(self.folder)))
@@ -186,7 +194,9 @@ class RunLogger(ConsoleLogger):
         if dataset.meta["tokenizer"]["name"] is None:
             return self.say("no sample: the dataset's tokenizer is unknown")
         prompt = torch.from_numpy(dataset.val[:16].astype("int64"))[None].to(model.head.weight.device)
-        ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=seeded_like(prompt, seed))[0].tolist()
+        ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=seeded_like(prompt, seed))[
+            0
+        ].tolist()
         text = dataset.tokenizer.decode(ids)
         (self.folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.say(f"\n{printable(text)}\n")
@@ -285,7 +295,10 @@ def plot_loss(path, rows, title):
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for kind, key, style in (("train", "loss", dict(color="#9aa5b1", lw=1)), ("eval", "val_loss", dict(color="#0b6e99", lw=1.8, marker="o", ms=3.5))):
+    for kind, key, style in (
+        ("train", "loss", dict(color="#9aa5b1", lw=1)),
+        ("eval", "val_loss", dict(color="#0b6e99", lw=1.8, marker="o", ms=3.5)),
+    ):
         points = [(row["tokens_processed"], row[key]) for row in rows if row["kind"] == kind and row[key] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label={"train": "training step", "eval": "validation"}[kind], **style)

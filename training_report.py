@@ -57,11 +57,20 @@ def architecture_tree(model, flops):
         if block.ffn is not None:
             hidden = getattr(block.ffn, "hidden", None)
             label = kind[1] + (f" ({config.activation})" if kind[1] == "standard" else "")
-            rows.append(("│  ", label + (f"  hidden {hidden}" if hidden else ""), _parameters(block.ffn), _flops(block.ffn, config)))
+            rows.append(
+                (
+                    "│  ",
+                    label + (f"  hidden {hidden}" if hidden else ""),
+                    _parameters(block.ffn),
+                    _flops(block.ffn, config),
+                )
+            )
         norms = _parameters(block) - _parameters(block.mixer) - (_parameters(block.ffn) if block.ffn is not None else 0)
         rows.append(("│  ", f"{config.normalization}, {config.norm_position}-norm", norms, 2 * norms))
     if model.final_norm is not None:
-        rows.append(("", f"final {config.normalization}", _parameters(model.final_norm), 2 * _parameters(model.final_norm)))
+        rows.append(
+            ("", f"final {config.normalization}", _parameters(model.final_norm), 2 * _parameters(model.final_norm))
+        )
     head = model.head.weight
     rows.append(("", "head" + ("  tied to the embedding" if config.weight_tying else f"  {_shape(head)}"),
                  0 if config.weight_tying else head.numel(), 2 * head.numel()))  # fmt: skip

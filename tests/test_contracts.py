@@ -223,16 +223,35 @@ def test_a_document_reads_as_it_would_alone(build, variant):
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
 
 
+def triangular_solve(a_shape, b_shape, **_):
+    """A solve costs its products without taking off the empty half, as attention's scores do; torch counts nothing."""
+    return 2 * a_shape[-1] * math.prod(b_shape)
+
+
+def convolution_backward(grad_shape, x_shape, w_shape, *_, **__):
+    """Twice the forward; torch's own formula takes every channel to be convolved with every other (groups=1)."""
+    return 4 * math.prod(grad_shape) * math.prod(w_shape[1:])
+
+
+MORE_FORMULAS = {
+    torch.ops.aten.linalg_solve_triangular: triangular_solve,
+    torch.ops.aten.convolution_backward: convolution_backward,
+}
+
+
 def counted(model, t, backward=False):
     """FLOPs per token by torch's own counter; attention as two matrix products, which it counts in full."""
     idx = tokens(B, t)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    plain = torch.backends.mkldnn.flags(enabled=False)  # oneDNN's LSTM, like fused attention, is a box to the counter
+    counter = FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS)
+    with sdpa_kernel(SDPBackend.MATH), plain, counter:
         loss = model(idx, idx)[1]
         if backward:
             loss.backward()
     return counter.get_total_flops() / (B * t)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # said when oneDNN is switched off
 @every_variant
 @pytest.mark.parametrize("t", [6, T])
 def test_declared_flops_equal_torchs_counter(build, variant, t):
@@ -240,16 +259,23 @@ def test_declared_flops_equal_torchs_counter(build, variant, t):
     changes = {"sliding_window": T} if "sliding_window" in VARIANTS[variant] else {}
     model = build(variant, **changes)
     declared = flops_per_token(model, t)
-    assert declared.forward - declared.vectors == counted(model, t)
-    assert 3 * (declared.forward - declared.vectors) == counted(model, t, backward=True)
+    products = declared.forward - declared.vectors - sum(block.mixer.elementwise_flops(t) for block in model.blocks)
+    assert products == pytest.approx(counted(model, t), rel=1e-12)
+    # A recurrence in steps has no gradient to the zeros that it starts from: up to one of its 3 t products less.
+    missing = 1 - counted(model, t, backward=True) / (3 * products)
+    assert -1e-12 < missing < (1 / (3 * t) if any(hasattr(b.mixer, "cell") for b in model.blocks) else 1e-12)
     assert declared.training == declared.forward + declared.backward == 3 * declared.forward
 
 
 @every_variant
 def test_biases_and_norms_cost_two_per_weight(build, variant):
     model = build(variant)
-    vectors = {name: p for name, p in model.named_parameters() if p.dim() == 1 and not name.endswith("_scale.gain")}
-    assert flops_per_token(model, T).vectors == 2 * sum(p.numel() for p in vectors.values())
+    vectors = 0
+    for name, parameter in model.named_parameters():
+        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if isinstance(owner, Norm) or (isinstance(owner, nn.Linear) and leaf == "bias"):
+            vectors += parameter.numel()
+    assert flops_per_token(model, T).vectors == 2 * vectors
 
 
 def test_a_window_costs_what_it_is(build):
@@ -296,7 +322,8 @@ def test_initial_values_are_those_of_the_plan(build, variant):
             assert (values == (spec.init == "ones")).all(), spec
         elif spec.init in ("normal", "residual"):
             std = 0.05 if spec.init == "normal" else 0.05 / math.sqrt(2 * 3)
-            assert values.std().item() == pytest.approx(std, rel=0.08), spec
+            rel = max(0.08, 4 / (2 * values.numel()) ** 0.5)  # four standard errors of a small matrix
+            assert values.std().item() == pytest.approx(std, rel=rel), spec
             assert abs(values.mean()) < 4 * std / values.numel() ** 0.5, spec
             assert values.abs().max() > 2.5 * std, f"{spec} is not normal"
 

@@ -21,6 +21,17 @@ PRESET_VALUES = {  # in the order of NINE
     "llama": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
     "team": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
     "hybrid": ("layernorm", "gelu", "rope", "sdpa", "pre", "standard", True, True, 0.0),
+    "linear_attention": ("layernorm", "gelu", "learned_absolute", "sdpa", "pre", "standard", True, True, 0.0),
+    "retention": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
+    "gla": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, False, 0.0),
+    "delta_net": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, False, 0.0),
+    "gated_delta_net": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, False, 0.0),
+    "rwkv7": ("layernorm", "relu2", "none", "sdpa", "pre", "standard", False, False, 0.0),
+    "mamba": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
+    "mamba2": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
+    "lstm": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
+    "gru": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
+    "rnn": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
 }
 
 
@@ -30,9 +41,9 @@ def test_presets_are_these():
 
 
 @pytest.mark.parametrize("preset", PRESET_VALUES)
-def test_a_preset_fixes_all_nine_options(preset):
+def test_a_preset_fixes_all_nine_options_and_the_mixer(preset):
     config = ModelArchitectureConfig.from_preset(preset)
-    assert {*PRESETS[preset]} == {*NINE}
+    assert {*PRESETS[preset]} == {*NINE, "block_pattern"}
     assert tuple(getattr(config, name) for name in NINE) == PRESET_VALUES[preset]
     assert config.arch_preset == preset
 

@@ -85,7 +85,9 @@ def test_metrics_hold_a_row_for_every_step_and_evaluation(whole):
     for row in train_rows:
         assert row["loss"] > 0 and row["learning_rate"] > 0 and row["grad_norm"] > 0
     log = read_json(whole / "training_log.json")
-    assert all(MEASURED - {"eval_seconds"} <= set(entry) for entry in log["training_iterations"] if entry["kind"] == "train")
+    assert all(
+        MEASURED - {"eval_seconds"} <= set(entry) for entry in log["training_iterations"] if entry["kind"] == "train"
+    )
     for row in evaluations:
         # Every byte is a token here, so that bits per byte are the loss in another unit.
         assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2), rel=1e-6)
@@ -191,7 +193,9 @@ def test_progress_is_said_line_by_line(workshop):
 
 
 def test_it_learns(workshop):
-    folder = workshop.run("--max_iters=200", "--eval_interval=100", "--log_interval=100", "--n_embd=32", "--batch_size=8")
+    folder = workshop.run(
+        "--max_iters=200", "--eval_interval=100", "--log_interval=100", "--n_embd=32", "--batch_size=8"
+    )
     assert rows(folder, "train")[0]["loss"] == pytest.approx(math.log(256), abs=0.1)
     assert summary(folder)["final_val_loss"] < 0.45 * math.log(256)
 
@@ -225,8 +229,12 @@ def test_float16_lowers_its_scale_where_gradients_overflow(workshop, monkeypatch
 
 def test_accumulation_changes_nothing_but_memory(workshop):
     whole, halves = workshop.run("--batch_size=8"), workshop.run("--batch_size=4", "--gradient_accumulation_steps=2")
-    assert [row["loss"] for row in rows(whole, "train")] == pytest.approx([row["loss"] for row in rows(halves, "train")], abs=1e-6)
-    assert [row["grad_norm"] for row in rows(whole, "train")] == pytest.approx([row["grad_norm"] for row in rows(halves, "train")], abs=1e-5)
+    assert [row["loss"] for row in rows(whole, "train")] == pytest.approx(
+        [row["loss"] for row in rows(halves, "train")], abs=1e-6
+    )
+    assert [row["grad_norm"] for row in rows(whole, "train")] == pytest.approx(
+        [row["grad_norm"] for row in rows(halves, "train")], abs=1e-5
+    )
     assert summary(whole)["stream_hash"] == summary(halves)["stream_hash"]
     assert summary(whole)["tokens_supervised"] == summary(halves)["tokens_supervised"] == 8 * 8 * 16
 
@@ -273,7 +281,15 @@ def test_n_and_n_steps_are_2n_steps_bit_for_bit(workshop, arguments):
     resumed = workshop.resume(halved, "--max_iters=14")
     assert_same_run(straight, resumed, 14)
     assert summary(straight)["stream_hash"] == summary(resumed)["stream_hash"]
-    same = ("steps", "final_val_loss", "best_val_loss", "tokens_processed", "tokens_supervised", "total_flops", "status")
+    same = (
+        "steps",
+        "final_val_loss",
+        "best_val_loss",
+        "tokens_processed",
+        "tokens_supervised",
+        "total_flops",
+        "status",
+    )
     assert [summary(straight)[name] for name in same] == [summary(resumed)[name] for name in same]
 
 
@@ -297,7 +313,9 @@ def test_a_resumed_run_may_split_its_batch_otherwise(workshop):
     straight = workshop.run("--batch_size=4", *arguments)
     halved = workshop.run("--batch_size=4", "--lr_decay_iters=8", "--max_iters=4")
     resumed = workshop.resume(halved, "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=8")
-    assert [row["loss"] for row in rows(straight, "train")] == pytest.approx([row["loss"] for row in rows(resumed, "train")], abs=1e-5)
+    assert [row["loss"] for row in rows(straight, "train")] == pytest.approx(
+        [row["loss"] for row in rows(resumed, "train")], abs=1e-5
+    )
     assert summary(straight)["stream_hash"] == summary(resumed)["stream_hash"]
 
 
@@ -350,7 +368,10 @@ def test_the_sessions_before_stay_in_the_record(workshop):
     workshop.resume(folder, "--max_iters=6")
     record = read_json(folder / "config.json")
     assert "--max_iters=6" in record["command"]
-    assert [session["command"].split()[-1] for session in record["earlier_sessions"]] == ["--max_iters=2", "--max_iters=4"]
+    assert [session["command"].split()[-1] for session in record["earlier_sessions"]] == [
+        "--max_iters=2",
+        "--max_iters=4",
+    ]
     assert all({"created", "git", "versions", "resolved"} <= set(session) for session in record["earlier_sessions"])
 
 
@@ -361,7 +382,9 @@ def test_a_run_whose_data_changed_is_refused(workshop, tmp_path):
         path.unlink()
     (tmp_path / "mine.txt").write_text("Something to read, often and often.\n" * 50)
     before = files_in(folder)
-    sentence = workshop.refused(f"--runs_dir={workshop.runs}", "--init_from=resume", f"--run_name={folder.name}", "--max_iters=8")
+    sentence = workshop.refused(
+        f"--runs_dir={workshop.runs}", "--init_from=resume", f"--run_name={folder.name}", "--max_iters=8"
+    )
     assert "trained on other tokens" in sentence and "text-mine" in sentence
     assert files_in(folder) == before
 
@@ -383,7 +406,10 @@ def test_names_made_here_get_a_suffix(workshop):
     assert sorted(path.name for path in workshop.runs.iterdir()) == [
         "llama-1x16-text-book-s1337", "llama-1x16-text-book-s1337-2", "llama-1x16-text-book-s1337-3",
     ]  # fmt: skip
-    assert read_json(workshop.runs / "llama-1x16-text-book-s1337-2" / "config.json")["run_name"] == "llama-1x16-text-book-s1337-2"
+    assert (
+        read_json(workshop.runs / "llama-1x16-text-book-s1337-2" / "config.json")["run_name"]
+        == "llama-1x16-text-book-s1337-2"
+    )
 
 
 def test_a_name_taken_meanwhile_is_noticed(workshop, monkeypatch):
@@ -401,7 +427,9 @@ def test_a_name_taken_meanwhile_is_noticed(workshop, monkeypatch):
 def test_pruning_keeps_the_best_and_the_last(workshop, monkeypatch):
     losses = dict(zip(range(1, 9), [9.0, 8.0, 1.0, 7.0, 6.0, 5.0, 4.0, 3.0], strict=True))
     steps = iter(losses.values())
-    monkeypatch.setattr(train, "validation_scores", lambda *_: {"val_loss": next(steps), "perplexity": 1.0, "bits_per_byte": 1.0})
+    monkeypatch.setattr(
+        train, "validation_scores", lambda *_: {"val_loss": next(steps), "perplexity": 1.0, "bits_per_byte": 1.0}
+    )
     folder = workshop.run("--eval_interval=1", "--checkpoint_interval=1", "--keep_checkpoints=2")
     assert steps_of_checkpoints(folder) == [3, 7, 8]
     assert summary(folder)["best_step"] == 3 and summary(folder)["best_val_loss"] == 1.0
@@ -410,7 +438,9 @@ def test_pruning_keeps_the_best_and_the_last(workshop, monkeypatch):
 
 def test_pruning_keeps_the_best_that_was_saved(workshop, monkeypatch):
     losses = iter([9.0, 8.0, 7.0, 1.0, 6.0, 5.0, 4.5, 5.5, 5.6, 5.7, 5.8, 5.9])  # the best, of step 4, is not saved
-    monkeypatch.setattr(train, "validation_scores", lambda *_: {"val_loss": next(losses), "perplexity": 1.0, "bits_per_byte": 1.0})
+    monkeypatch.setattr(
+        train, "validation_scores", lambda *_: {"val_loss": next(losses), "perplexity": 1.0, "bits_per_byte": 1.0}
+    )
     folder = workshop.run("--max_iters=12", "--eval_interval=1", "--checkpoint_interval=3", "--keep_checkpoints=1")
     assert steps_of_checkpoints(folder) == [6, 12]
 
@@ -457,7 +487,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(workshop, sabotage, ki
     folder = workshop.run("--objective=sabotaged", "--checkpoint_interval=1", "--keep_checkpoints=0",
                           "--gradient_accumulation_steps=2", "--max_non_finite_steps=2", "--tensorboard=True", "--plot=True")  # fmt: skip
     for before, after, skipped in ((2, 3, False), (3, 4, True), (4, 5, False), (5, 6, True), (6, 7, False)):
-        same = torch.equal(weights(folder, before)["token_embedding.weight"], weights(folder, after)["token_embedding.weight"])
+        same = torch.equal(
+            weights(folder, before)["token_embedding.weight"], weights(folder, after)["token_embedding.weight"]
+        )
         assert same == skipped
     assert_same(training_state(folder, 3)["optimizers"], training_state(folder, 4)["optimizers"])
     assert [row["non_finite_steps"] for row in rows(folder, "train")] == [0, 0, 0, 1, 1, 2, 2, 2]
@@ -472,7 +504,12 @@ def test_too_many_in_a_row_stop_the_run_with_a_sentence(workshop, sabotage):
     arguments = ("--objective=sabotaged", "--max_non_finite_steps=3", "--max_iters=12", "--eval_interval=3")
     sentence = workshop.refused(*workshop.command(*arguments, "--plot=True", name="diverged"))
     folder = workshop.runs / "diverged"
-    for words in ("not finite 3 steps in a row, to step 6", "learning_rate=0.01", "--run_name=diverged", "max_non_finite_steps=3"):
+    for words in (
+        "not finite 3 steps in a row, to step 6",
+        "learning_rate=0.01",
+        "--run_name=diverged",
+        "max_non_finite_steps=3",
+    ):
         assert words in sentence
     assert summary(folder)["status"] == "failed" and summary(folder)["non_finite_steps"] == 3
     assert read_json(folder / "training_log.json")["training_iterations"][-1]["step"] == 6
@@ -661,7 +698,9 @@ def test_wandb_gets_every_row_against_steps_and_tokens(workshop, monkeypatch, ap
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     folder = workshop.run("--wandb_log=True", "--wandb_project=mine", "--layer_stats_interval=8", name="watched")
-    assert fake.arguments["mode"] == mode and fake.arguments["project"] == "mine" and fake.arguments["name"] == "watched"
+    assert (
+        fake.arguments["mode"] == mode and fake.arguments["project"] == "mine" and fake.arguments["name"] == "watched"
+    )
     assert fake.arguments["config"] == read_json(folder / "config.json")
     assert fake.metrics["train/*"] == "step" and fake.metrics["by_tokens/*"] == "tokens_processed"
     assert len(fake.logged) == 12 and fake.is_finished
@@ -768,7 +807,11 @@ def test_tokens_of_an_unknown_tokenizer_are_trained_on(workshop, tmp_path):
     for split, n in (("train", 2000), ("val", 400)):
         (np.arange(n) * 7 % 50).astype("<u2").tofile(tokens / f"{split}.bin")
     describe_token_files(tokens, vocab_size=50)
-    arguments = [a for a in workshop.command("--sample_tokens=5", name="numbers") if not a.startswith(("--data_dir", "--dataset", "--input"))]
+    arguments = [
+        a
+        for a in workshop.command("--sample_tokens=5", name="numbers")
+        if not a.startswith(("--data_dir", "--dataset", "--input"))
+    ]
     train.main([*arguments, f"--data_dir={tmp_path / 'data'}", "--dataset=tokens"])
     folder = workshop.runs / "numbers"
     assert summary(folder)["status"] == "finished" and summary(folder)["bits_per_byte"] is None

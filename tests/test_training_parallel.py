@@ -49,10 +49,14 @@ def ranks(book, tmp_path_factory):  # noqa: F811
 
     shop = Workshop(tmp_path_factory.mktemp("ranks"), book)
     commands = [
-        shop.command("--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4", "--dropout=0.0", name="ddp"),
+        shop.command(
+            "--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4", "--dropout=0.0", name="ddp"
+        ),
         shop.command("--gradient_accumulation_steps=3", name="uneven"),
         shop.command("--gradient_accumulation_steps=2", "--dropout=0.3", "--lr_decay_iters=8", name="straight"),
-        shop.command("--gradient_accumulation_steps=2", "--dropout=0.3", "--lr_decay_iters=8", "--max_iters=4", name="halved"),
+        shop.command(
+            "--gradient_accumulation_steps=2", "--dropout=0.3", "--lr_decay_iters=8", "--max_iters=4", name="halved"
+        ),
         [f"--runs_dir={shop.runs}", "--run_name=halved", "--init_from=resume", "--max_iters=8"],
     ]
     shop.run("--max_iters=1")  # prepares the data
@@ -70,7 +74,9 @@ def test_two_ranks_train_what_one_does(ranks, workshop):  # noqa: F811
     together = ranks[0].runs / "ddp"
     alone = workshop.run("--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4")
     for kind, column in (("train", "loss"), ("train", "grad_norm"), ("eval", "val_loss"), ("eval", "bits_per_byte")):
-        assert [row[column] for row in rows(together, kind)] == pytest.approx([row[column] for row in rows(alone, kind)], abs=1e-5)
+        assert [row[column] for row in rows(together, kind)] == pytest.approx(
+            [row[column] for row in rows(alone, kind)], abs=1e-5
+        )
     assert len(rows(together, "train")) == 10
     for name in ("stream_hash", "tokens_processed", "tokens_supervised", "steps", "status"):
         assert summary(together)[name] == summary(alone)[name]
@@ -87,7 +93,12 @@ def test_only_one_rank_speaks_and_writes(ranks):
 
 def test_accumulation_that_does_not_divide_among_ranks_is_refused(ranks):
     shop, text = ranks
-    assert text.count("error: gradient_accumulation_steps=3 does not divide among 2 ranks (batch_size=4); make it a multiple of 2") == 2
+    assert (
+        text.count(
+            "error: gradient_accumulation_steps=3 does not divide among 2 ranks (batch_size=4); make it a multiple of 2"
+        )
+        == 2
+    )
     assert text.count("left with 2") == 2
     assert not (shop.runs / "uneven").exists()
 
@@ -102,7 +113,9 @@ def test_a_resumed_job_of_two_ranks_is_exact_with_dropout(ranks):
 def test_one_process_goes_on_with_what_two_ranks_saved(ranks, workshop):  # noqa: F811
     folder = workshop.resume(ranks[0].runs / "ddp", "--max_iters=12")
     assert summary(folder)["status"] == "finished" and summary(folder)["steps"] == 12
-    assert [session["resolved"]["world_size"] for session in read_json(folder / "config.json")["earlier_sessions"]] == [2]
+    assert [session["resolved"]["world_size"] for session in read_json(folder / "config.json")["earlier_sessions"]] == [
+        2
+    ]
 
 
 # ---- where --------------------------------------------------------------------------------------------------------------
@@ -150,7 +163,9 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
         parallel._device("cuda:5", None)
 
 
-@pytest.mark.parametrize("dtype, supported, chosen", [("auto", True, "bfloat16"), ("auto", False, "float16"), ("float32", True, "float32")])
+@pytest.mark.parametrize(
+    "dtype, supported, chosen", [("auto", True, "bfloat16"), ("auto", False, "float16"), ("float32", True, "float32")]
+)
 def test_on_cuda_auto_is_the_half_precision_that_the_gpu_has(monkeypatch, dtype, supported, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert parallel._dtype(dtype, torch.device("cuda", 0)) == chosen
@@ -243,7 +258,9 @@ def test_the_trial_leaves_no_gradient_and_no_mark_on_the_random_state(monkeypatc
 def test_a_truly_compiled_run_learns_the_same(workshop):  # noqa: F811
     plain, compiled = workshop.run(), workshop.run("--compile=True")
     assert read_json(compiled / "config.json")["resolved"]["compile"] == "on"
-    assert [row["loss"] for row in rows(compiled, "train")] == pytest.approx([row["loss"] for row in rows(plain, "train")], abs=1e-4)
+    assert [row["loss"] for row in rows(compiled, "train")] == pytest.approx(
+        [row["loss"] for row in rows(plain, "train")], abs=1e-4
+    )
 
 
 # ---- alone, what ranks share is one's own -------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Runs of train.py inside the test's own process, on a text that is written once, with a model of a few thousand weights.
 
-    from training_helpers import book, workshop          # fixtures
+from training_helpers import book, workshop          # fixtures
 
-    folder = workshop.run("--max_iters=8")             # runs/<name>, as train.py leaves it
-    sentence = workshop.refused("--n_layr=2")            # what stands after 'error: ', once all else is checked
+folder = workshop.run("--max_iters=8")             # runs/<name>, as train.py leaves it
+sentence = workshop.refused("--n_layr=2")            # what stands after 'error: ', once all else is checked
 """
 
 import itertools

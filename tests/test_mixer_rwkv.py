@@ -1,0 +1,157 @@
+"""RWKV-7: every form against the paper's equation and every other, initial values, cost."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from recurrence_helpers import (
+    LENGTHS,
+    check_autocast,
+    check_compiles,
+    check_cost_per_token,
+    check_documents,
+    check_forms_agree,
+    check_kernels_agree,
+    check_prefill_then_steps,
+    check_recurrent_flops,
+    check_state_is_constant,
+    mixer,
+    random,
+)
+
+from mixer_rwkv import FASTEST_LOG_DECAY, LONGEST_CHUNK, rwkv7_chunked, rwkv7_recurrent, usual_rank
+from model_builder import ConfigurableGPT, parameter_plan
+from model_config import ModelArchitectureConfig
+from user_errors import UserError
+
+B, H, K, V = 2, 3, 4, 5
+
+
+def inputs(T, dtype=torch.float64):
+    r, k, v = (random(B, H, T, width, dtype=dtype, seed=seed) for seed, width in enumerate((K, K, V)))
+    kappa = F.normalize(random(B, H, T, K, seed=4), dim=-1).to(dtype)
+    log_decay = FASTEST_LOG_DECAY * random(B, H, T, K, dtype=dtype, seed=3).sigmoid()
+    rate = random(B, H, T, K, dtype=dtype, seed=5).sigmoid()
+    return {"r": r, "log_decay": log_decay, "k": k, "v": v, "kappa": kappa, "rate": rate}
+
+
+# ---- the equation, written out --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [rwkv7_recurrent, rwkv7_chunked])
+def test_the_forms_are_the_equation(form):
+    # Peng et al. 2025, eq. 17 and 18, S (V, K) as there: S = S (diag(w) - kappa^T (a * kappa)) + v^T k, y = S r^T.
+    x, state = inputs(13), random(B, H, K, V, seed=6)
+    y, last = form(**x, state=state, chunk_size=5)
+    for batch in range(B):
+        for head in range(H):
+            S = state[batch, head].T
+            for t in range(13):
+                r, log_decay, k, v, kappa, rate = (tensor[batch, head, t] for tensor in x.values())
+                S = S @ (torch.diag(log_decay.exp()) - torch.outer(kappa, rate * kappa)) + torch.outer(v, k)
+                torch.testing.assert_close(y[batch, head, t], S @ r, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(last[batch, head].T, S, rtol=1e-10, atol=1e-10)
+
+
+def test_the_layer_is_the_papers():
+    # Section 4.1 to 4.3, token by token, without the value residual.
+    layer, x = mixer("rwkv7", chunk_size=16), random(1, 21, 16, seed=6)[0]
+    previous = torch.cat((torch.zeros(1, 16), x[:-1]))
+    xr, xw, xk, xv, xa, xg = (x + (previous - x) * lean for lean in layer.shift)
+    r, k, v = xr @ layer.receptance.weight.T, xk @ layer.key.weight.T, xv @ layer.value.weight.T
+    d = torch.tanh(xw @ layer.decay.down.weight.T) @ layer.decay.up.weight.T + layer.decay.up.bias
+    w = torch.exp(-torch.exp(torch.tensor(-0.5, dtype=torch.float64)) * d.sigmoid())
+    a = (xa @ layer.rate.down.weight.T @ layer.rate.up.weight.T + layer.rate.up.bias).sigmoid()
+    g = (xg @ layer.gate.down.weight.T).sigmoid() @ layer.gate.up.weight.T
+    kappa = F.normalize((k * layer.kappa_scale).unflatten(-1, (4, 4)), dim=-1)
+    k = k * (1 + (a - 1) * layer.rate_in_key)
+    r, k, v, w, a = (z.unflatten(-1, (4, 4)) for z in (r, k, v, w, a))  # (T, H, D)
+    S, rows = torch.zeros(4, 4, 4, dtype=torch.float64), []
+    for t in range(21):
+        held = torch.einsum("hvk,hk->hv", S, kappa[t])
+        S = S * w[t][:, None, :] - held[..., None] * (a[t] * kappa[t])[:, None, :] + v[t][..., None] * k[t][:, None, :]
+        rows.append(torch.einsum("hvk,hk->hv", S, r[t]))
+    p = torch.stack(rows).flatten(1)
+    p = F.group_norm(p, 4, layer.norm.weight, layer.norm.bias, eps=4e-5)  # head width x 1e-5
+    p = p + ((r * layer.bonus * k).sum(-1, keepdim=True) * v).flatten(1)
+    torch.testing.assert_close(layer(x[None])[0], (g * p) @ layer.out.weight.T, rtol=1e-10, atol=1e-10)
+
+
+# ---- every form equals every other ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_recurrent_and_chunk_agree_with_their_gradients(T):
+    check_kernels_agree(rwkv7_recurrent, rwkv7_chunked, lambda dtype: inputs(T, dtype), (B, H, K, V))
+
+
+RANKS = {"bias": True, "decay_rank": 3, "rate_rank": 2, "output_gate_rank": 5}
+
+
+@pytest.mark.parametrize("options", [{}, RANKS], ids=["default", "ranks"])
+def test_a_layers_forms_documents_and_steps(options):
+    check_forms_agree("rwkv7", **options)
+    check_documents("rwkv7", **options)
+    check_prefill_then_steps("rwkv7", **options)
+
+
+def test_the_longest_chunk_at_the_fastest_decay_is_safe_in_float32():
+    x = {name: tensor.requires_grad_() for name, tensor in inputs(LONGEST_CHUNK, torch.float32).items()}
+    with torch.no_grad():
+        x["log_decay"].fill_(FASTEST_LOG_DECAY)
+    results = []
+    for form in (rwkv7_recurrent, rwkv7_chunked):
+        y, last = form(**x, chunk_size=LONGEST_CHUNK)
+        results.append((y, last, *torch.autograd.grad(y.square().sum(), [*x.values()])))
+    for one, two in zip(*results, strict=True):
+        size = one.abs().max().clamp(min=1.0)
+        torch.testing.assert_close(two / size, one / size, rtol=1e-4, atol=1e-4)
+
+
+def test_it_compiles_without_a_graph_break():
+    check_compiles("rwkv7")
+
+
+def test_under_autocast_the_memory_stays_float32():
+    check_autocast("rwkv7")
+
+
+# ---- what it costs, and where it starts -----------------------------------------------------------------------------
+
+
+def test_declared_flops_of_both_forms():
+    check_recurrent_flops("rwkv7")
+
+
+def test_cost_per_token_does_not_grow():
+    check_cost_per_token("rwkv7")
+
+
+def test_state_is_constant():
+    check_state_is_constant("rwkv7")
+
+
+def test_it_starts_as_the_authors_code_does():
+    model = ConfigurableGPT(ModelArchitectureConfig.from_preset("rwkv7", n_layer=4, n_head=2, n_embd=32, vocab_size=5))
+    plan = {spec.name: spec for spec in parameter_plan(model)}
+    first, second = model.blocks[0].mixer, model.blocks[1].mixer
+    for layer, index in ((first, 0), (second, 1)):
+        assert not layer.out.weight.any() and not layer.decay.down.weight.any() and not layer.gate.down.weight.any()
+        torch.testing.assert_close(layer.shift[1], 1 - (torch.arange(32) / 32) ** (0.9 * (1 - index / 4)))
+        assert layer.norm.weight.unique().item() == pytest.approx(((index + 1) / 4) ** 0.7)
+        assert layer.receptance.weight.abs().max() <= 0.5 / 32**0.5 and layer.key.weight.abs().max() <= 0.05 / 32**0.5
+        ratio, n = index / 3, torch.arange(32)
+        inside = (n % 16 - 7.5) / 7.5
+        decay = -6 + 6 * (n / 31) ** (1 + ratio**0.3) + 0.5 + 2.5 * inside * inside.abs()
+        torch.testing.assert_close(layer.decay.up.bias, decay)
+        up = layer.rate.up.weight  # orthogonal, 0.1 long
+        torch.testing.assert_close(up.T @ up, 0.01 * torch.eye(up.size(1)), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(first.rate.up.weight, second.rate.up.weight)
+    for name in ("shift", "kappa_scale", "rate_in_key", "bonus", "decay.up.bias"):
+        assert plan[f"blocks.0.mixer.{name}"].init == "own" and not plan[f"blocks.0.mixer.{name}"].weight_decay
+    assert (first.rate_in_key == 1.02).all() and (first.bonus == -0.04).all()
+    assert [usual_rank(2.5, width) for width in (16, 768, 2048)] == [32, 64, 128]
+
+
+def test_a_chunk_that_would_overflow_is_refused(tiny):
+    with pytest.raises(UserError, match="chunk_size=256 would overflow float32 in 'rwkv7'; use 128 or less"):
+        ConfigurableGPT(tiny(block_pattern="rwkv7", position_encoding="none", chunk_size=256))
