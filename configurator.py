@@ -35,7 +35,7 @@ class Settings:
     given: dict  # the settings that the command or its files set, with their values
 
 
-# ---- the one flat namespace -----------------------------------------------------------------------------------------
+# ---- the one flat namespace ------------------------------------------------------------------------------------------
 
 MODEL_TYPES = typing.get_type_hints(ModelArchitectureConfig)
 TRAIN_TYPES = typing.get_type_hints(TrainConfig)
@@ -81,7 +81,7 @@ def flatten(model_values, train_values):
     return {**flat, **options_from_json(options)}
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_settings(arguments, base=None):
@@ -102,7 +102,7 @@ def read_settings(arguments, base=None):
 
 
 def _read_values(arguments, base):
-    """(every setting's value over `base`, the settings that the arguments give, config file sources), not yet validated."""
+    """(all settings given or in `base`, those that the arguments give, config file sources), not yet validated."""
     values, given, sources = dict(base), {}, []
     for kind, item in _split_arguments(arguments):
         if kind == "file":
@@ -212,7 +212,7 @@ def with_vocabulary(settings, vocab_size):
     return dataclasses.replace(settings, model=settings.model.replace(vocab_size=vocab_size))
 
 
-# ---- types ----------------------------------------------------------------------------------------------------------
+# ---- types -----------------------------------------------------------------------------------------------------------
 
 
 def _require_setting(name, where):
@@ -273,7 +273,7 @@ def _literal(text):
         return text
 
 
-# ---- runs on disk ---------------------------------------------------------------------------------------------------
+# ---- runs on disk ----------------------------------------------------------------------------------------------------
 
 
 def save_sources(settings, folder):
@@ -347,12 +347,14 @@ def resume(arguments):
         changed.append((name, before.train.sequences_per_step, settings.train.sequences_per_step))
     if changed:
         name, was, now = changed[0]
-        raise UserError(f"run '{run_name}' was made with {name}={was!r} and this command says {now!r}; drop it, or start a new run")
+        raise UserError(
+            f"run '{run_name}' was made with {name}={was!r} and this command says {now!r}; drop it, or start a new run"
+        )
     sources = before.sources + [source for source in settings.sources if source not in before.sources]
     return dataclasses.replace(settings, sources=sources)
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------
+# ---- help ------------------------------------------------------------------------------------------------------------
 
 
 def help_text(usage):

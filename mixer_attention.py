@@ -31,6 +31,9 @@ class Mixer(nn.Module):
     bidirectional = False  # can run with causal=False
     positions = ("none", "learned_absolute")  # position encodings that it can honour
 
+    def check_device(self, device):
+        """Raise UserError where this mixer, as it was configured, cannot train on a torch.device."""
+
     def mixing_flops(self, T):
         """Forward FLOPs per token at context T, beyond those of its nn.Linear weights."""
         raise NotImplementedError
@@ -40,7 +43,10 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def step(self, x, state):
-        """x (B, S, C), the next S tokens (usually one) -> (y (B, S, C), state). Equals `forward`, column by column."""
+        """x (B, S, C), the next S tokens (usually one) -> (y (B, S, C), state). Equals `forward`, column by column.
+
+        The state given may be used up: go on from the one returned.
+        """
         raise NotImplementedError
 
     def state_bytes(self, T, dtype=torch.float32):
@@ -86,7 +92,6 @@ class ManualBackend:
     """The equation, every intermediate in memory."""
 
     soft_cap = True
-    differentiable_on_cpu = True
 
     @staticmethod
     def attend(q, k, v, mask, is_causal, bias, soft_cap, dropout):
@@ -107,7 +112,6 @@ class SDPABackend:
     """torch's scaled_dot_product_attention, which picks its fastest kernel for the device."""
 
     soft_cap = False
-    differentiable_on_cpu = True
 
     @staticmethod
     def attend(q, k, v, mask, is_causal, bias, soft_cap, dropout):
@@ -128,7 +132,6 @@ class FlexBackend:
     """torch's flex_attention: soft cap, bias and mask inside one compiled kernel. Trains on CUDA only."""
 
     soft_cap = True
-    differentiable_on_cpu = False
     _compiled = None
 
     @classmethod
@@ -226,6 +229,10 @@ class Attention(Mixer):
 
     def _dropout(self):
         return self.dropout if self.training else 0.0
+
+    def check_device(self, device):
+        if self.backend is FlexBackend and device.type != "cuda":
+            raise UserError(f"attention_backend='flex' trains on CUDA alone and this is {device.type}; use 'sdpa' or 'manual'")
 
     # -- one token at a time
 

@@ -143,6 +143,11 @@ class ConfigurableGPT(nn.Module):
     def _needs_final_norm(self):
         return self.config.norm_position != "post"  # a post-norm block ends in a norm already
 
+    def check_device(self, device):
+        """Refuse a device that a mixer cannot train on, with a UserError."""
+        for block in self.blocks:
+            block.mixer.check_device(device)
+
     def hidden_states(self, idx, positions=None, document_ids=None):
         """idx (B, T) -> (B, T, C), what the head reads."""
         if self.position_embedding is not None and idx.size(1) > self.config.block_size:

@@ -160,7 +160,10 @@ class ModelArchitectureConfig:
             raise UserError(f"{path} cannot be read as a model config: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"{path} cannot be read as a model config: it holds no JSON object")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except (TypeError, AttributeError) as error:  # a value of another type
+            raise UserError(f"{path} cannot be read as a model config: {error}") from None
 
 
 _LABELS = {

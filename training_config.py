@@ -115,6 +115,11 @@ class TrainConfig:
             return max(1, math.ceil(self.epochs * steps_per_epoch))
         return self.max_iters
 
+    @property
+    def length_setting(self):
+        """The name of the setting that decides how long the run is."""
+        return next((name for name in ("max_tokens", "epochs") if getattr(self, name) is not None), "max_iters")
+
     def options_for(self, part):
         """Namespace of `part`'s own options: its defaults, under what the user set."""
         options = options_of(part)
@@ -156,10 +161,12 @@ def validate(config):
             raise UserError(f"{name}={value} must be above 0, or None")
     if config.checkpoint_interval is not None and config.checkpoint_interval < 0:
         raise UserError(f"checkpoint_interval={config.checkpoint_interval} must be 0 or more, or None")
-    if config.min_lr is not None and config.min_lr > config.learning_rate:
-        raise UserError(
-            f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}; lower it, or leave it None"
-        )
+    for name, most in (("seed", 2**63), ("threads", 1024)):
+        if getattr(config, name) > most:
+            raise UserError(f"{name}={getattr(config, name)} must be at most {most}")
+    if config.min_lr is not None and not 0 <= config.min_lr <= config.learning_rate:
+        where = "below 0" if config.min_lr < 0 else f"above learning_rate={config.learning_rate}"
+        raise UserError(f"min_lr={config.min_lr} is {where}; choose one between, or leave it None")
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} must be a finite number")
@@ -181,7 +188,7 @@ def validate(config):
         if getattr(config, name) not in allowed:
             value, words = getattr(config, name), [str(choice) for choice in allowed]
             raise UserError(f"{name}={value!r} must be one of {', '.join(words)}{did_you_mean(value, words)}")
-    if config.run_name is not None and (not config.run_name.strip() or set(config.run_name) & set('/\\:*?"<>|')):
+    if config.run_name is not None and (not config.run_name.strip(" .") or set(config.run_name) & set('/\\:*?"<>|')):
         raise UserError(f"run_name={config.run_name!r} must be a plain folder name without / \\ : * ? \" < > |")
     if config.init_from == "resume" and config.run_name is None:
         raise UserError("init_from=resume needs run_name=NAME, the run to continue")

@@ -1,41 +1,47 @@
-"""train.py from end to end: what it leaves behind, that it learns, and that a resumed run is the run it would have been."""
+"""train.py from end to end: what it leaves behind, that it learns, that a resumed run is the run it would have been."""
+
+# ruff: noqa: F401, F811 - book and workshop are fixtures
 
 import csv
 import math
 import signal
+import subprocess
 import sys
 import threading
 
 import pytest
 import torch
-
-import sample
-import train
-from registry import ALL_REGISTRIES
-from training_data import BatchStream
-from training_helpers import (  # noqa: F401 - book and workshop are fixtures
+from training_helpers import (
     MEASURED,
+    ROOT,
     Workshop,
     a_peak,
     assert_same,
     assert_same_run,
     book,
+    environment,
     files_in,
     read_json,
     rows,
+    script,
     steps_of_checkpoints,
     summary,
     training_state,
     weights,
     workshop,
 )
+
+import sample
+import train
+from registry import ALL_REGISTRIES
+from training_data import BatchStream, Dataset
 from training_objectives import OBJECTIVE_REGISTRY, CausalLM
 
 # ---- what a run leaves behind ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def whole(book, tmp_path_factory):  # noqa: F811
+def whole(book, tmp_path_factory):
     """A run with everything switched on."""
     shop = Workshop(tmp_path_factory.mktemp("whole"), book)
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +91,9 @@ def test_metrics_hold_a_row_for_every_step_and_evaluation(whole):
     for row in train_rows:
         assert row["loss"] > 0 and row["learning_rate"] > 0 and row["grad_norm"] > 0
     log = read_json(whole / "training_log.json")
-    assert all(MEASURED - {"eval_seconds"} <= set(entry) for entry in log["training_iterations"] if entry["kind"] == "train")
+    assert all(
+        MEASURED - {"eval_seconds"} <= set(entry) for entry in log["training_iterations"] if entry["kind"] == "train"
+    )
     for row in evaluations:
         # Every byte is a token here, so that bits per byte are the loss in another unit.
         assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2), rel=1e-6)
@@ -182,8 +190,42 @@ def test_metadata_counts_tokens(whole):
 def test_progress_is_said_line_by_line(workshop):
     workshop.run(name="said")
     text = workshop.printed()
-    for words in ("1 x block, each", "attention  2 heads x 8", "ready after", "step 8/8  loss ", " tok/s  MFU ", "  ETA ",
-                  "bits/byte", "best so far"):  # fmt: skip
+    for words in ("1 x block, each", "attention  2 heads x 8", "ready after", "step 8/8  loss ", " tok/s  MFU ",
+                  "  ETA ", "bits/byte", "best so far"):  # fmt: skip
+        assert words in text
+
+
+def test_from_the_shell(workshop, tmp_path):
+    good = [*workshop.command(name="shell"), "--arch_preset=llama"]
+    commands = {
+        "good": script("train.py", ROOT / "config" / "arch_llama.py", *good),
+        "bad": script("train.py", ROOT / "config" / "arch_llama.py", *good, "--n_layr=2"),
+    }
+    children = {
+        name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+                               cwd=tmp_path, env=environment())
+        for name, command in commands.items()
+    }  # fmt: skip
+    out, err = children["good"].communicate(timeout=60)
+    assert children["good"].returncode == 0 and err == ""
+    assert "swiglu" in out and "step 8/8  loss" in out and "data sheet" not in out
+    assert read_json(workshop.runs / "shell" / "config.json")["architecture"] == "1L-2H-16D-RoPE-RMS-SwiGLU-PreNorm"
+    assert sorted(path.name for path in (workshop.runs / "shell" / "config").iterdir()) == ["00_arch_llama.py"]
+    out, err = children["bad"].communicate(timeout=60)
+    assert children["bad"].returncode == 2 and out == ""
+    assert err == "error: the command line: 'n_layr' is not a setting; did you mean 'n_layer'? (--help lists all)\n"
+
+
+def test_help_lists_every_setting_with_its_reason(workshop):
+    train.main(["--help"])
+    text = workshop.printed()
+    for words in (
+        "python train.py config/arch_llama.py",
+        "--n_layer=4",
+        "--grad_clip=1.0",
+        "clipped to this",
+        "--muon_momentum=0.95",
+    ):
         assert words in text
 
 
@@ -191,7 +233,9 @@ def test_progress_is_said_line_by_line(workshop):
 
 
 def test_it_learns(workshop):
-    folder = workshop.run("--max_iters=200", "--eval_interval=100", "--log_interval=100", "--n_embd=32", "--batch_size=8")
+    folder = workshop.run(
+        "--max_iters=200", "--eval_interval=100", "--log_interval=100", "--n_embd=32", "--batch_size=8"
+    )
     assert rows(folder, "train")[0]["loss"] == pytest.approx(math.log(256), abs=0.1)
     assert summary(folder)["final_val_loss"] < 0.45 * math.log(256)
 
@@ -225,8 +269,12 @@ def test_float16_lowers_its_scale_where_gradients_overflow(workshop, monkeypatch
 
 def test_accumulation_changes_nothing_but_memory(workshop):
     whole, halves = workshop.run("--batch_size=8"), workshop.run("--batch_size=4", "--gradient_accumulation_steps=2")
-    assert [row["loss"] for row in rows(whole, "train")] == pytest.approx([row["loss"] for row in rows(halves, "train")], abs=1e-6)
-    assert [row["grad_norm"] for row in rows(whole, "train")] == pytest.approx([row["grad_norm"] for row in rows(halves, "train")], abs=1e-5)
+    assert [row["loss"] for row in rows(whole, "train")] == pytest.approx(
+        [row["loss"] for row in rows(halves, "train")], abs=1e-6
+    )
+    assert [row["grad_norm"] for row in rows(whole, "train")] == pytest.approx(
+        [row["grad_norm"] for row in rows(halves, "train")], abs=1e-5
+    )
     assert summary(whole)["stream_hash"] == summary(halves)["stream_hash"]
     assert summary(whole)["tokens_supervised"] == summary(halves)["tokens_supervised"] == 8 * 8 * 16
 
@@ -243,6 +291,18 @@ def test_a_run_lasts_as_long_as_it_was_told(workshop, length, steps):
     assert read_json(folder / "config.json")["resolved"]["max_iters"] == steps
     assert steps_of_checkpoints(folder)[-1] == steps
     assert rows(folder, "eval")[-1]["step"] == steps
+
+
+def test_the_stream_hash_is_that_of_all_steps(workshop):
+    folder = workshop.run()
+    config = read_json(folder / "config.json")["training_config"]
+    dataset = Dataset(workshop.book / "data" / "text-book")
+    stream, value = BatchStream(dataset, 16, 4, config["seed"]), None
+    for step in range(8):
+        value = stream.hash_after(step, value)
+    assert summary(folder)["stream_hash"] == value
+    assert summary(workshop.run("--arch_preset=llama"))["stream_hash"] == value  # whatever the architecture
+    assert summary(workshop.run("--seed=2"))["stream_hash"] != value
 
 
 def test_two_runs_of_one_command_are_the_same_run(workshop):
@@ -273,7 +333,15 @@ def test_n_and_n_steps_are_2n_steps_bit_for_bit(workshop, arguments):
     resumed = workshop.resume(halved, "--max_iters=14")
     assert_same_run(straight, resumed, 14)
     assert summary(straight)["stream_hash"] == summary(resumed)["stream_hash"]
-    same = ("steps", "final_val_loss", "best_val_loss", "tokens_processed", "tokens_supervised", "total_flops", "status")
+    same = (
+        "steps",
+        "final_val_loss",
+        "best_val_loss",
+        "tokens_processed",
+        "tokens_supervised",
+        "total_flops",
+        "status",
+    )
     assert [summary(straight)[name] for name in same] == [summary(resumed)[name] for name in same]
 
 
@@ -297,7 +365,9 @@ def test_a_resumed_run_may_split_its_batch_otherwise(workshop):
     straight = workshop.run("--batch_size=4", *arguments)
     halved = workshop.run("--batch_size=4", "--lr_decay_iters=8", "--max_iters=4")
     resumed = workshop.resume(halved, "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=8")
-    assert [row["loss"] for row in rows(straight, "train")] == pytest.approx([row["loss"] for row in rows(resumed, "train")], abs=1e-5)
+    assert [row["loss"] for row in rows(straight, "train")] == pytest.approx(
+        [row["loss"] for row in rows(resumed, "train")], abs=1e-5
+    )
     assert summary(straight)["stream_hash"] == summary(resumed)["stream_hash"]
 
 
@@ -337,11 +407,12 @@ def test_settings_of_a_run_are_not_held_to_the_defaults(workshop):
 
 
 def test_a_moved_run_goes_on_where_it_is(workshop, tmp_path):
-    folder = workshop.run("--max_iters=4")
-    moved = folder.rename(tmp_path / "elsewhere")
-    workshop.resume(moved, "--max_iters=8")
-    assert summary(moved)["steps"] == 8
-    assert not folder.exists()
+    train.main([*workshop.command(name="before"), f"--runs_dir={tmp_path / 'there'}", "--max_iters=4"])
+    workshop.runs.mkdir()
+    (tmp_path / "there" / "before").rename(workshop.runs / "after")
+    train.main(["--run_name=after", "--init_from=resume", "--max_iters=8"])  # in runs/, where nothing says otherwise
+    assert summary(workshop.runs / "after")["steps"] == 8
+    assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_the_sessions_before_stay_in_the_record(workshop):
@@ -350,7 +421,10 @@ def test_the_sessions_before_stay_in_the_record(workshop):
     workshop.resume(folder, "--max_iters=6")
     record = read_json(folder / "config.json")
     assert "--max_iters=6" in record["command"]
-    assert [session["command"].split()[-1] for session in record["earlier_sessions"]] == ["--max_iters=2", "--max_iters=4"]
+    assert [session["command"].split()[-1] for session in record["earlier_sessions"]] == [
+        "--max_iters=2",
+        "--max_iters=4",
+    ]
     assert all({"created", "git", "versions", "resolved"} <= set(session) for session in record["earlier_sessions"])
 
 
@@ -361,7 +435,9 @@ def test_a_run_whose_data_changed_is_refused(workshop, tmp_path):
         path.unlink()
     (tmp_path / "mine.txt").write_text("Something to read, often and often.\n" * 50)
     before = files_in(folder)
-    sentence = workshop.refused(f"--runs_dir={workshop.runs}", "--init_from=resume", f"--run_name={folder.name}", "--max_iters=8")
+    sentence = workshop.refused(
+        f"--runs_dir={workshop.runs}", "--init_from=resume", f"--run_name={folder.name}", "--max_iters=8"
+    )
     assert "trained on other tokens" in sentence and "text-mine" in sentence
     assert files_in(folder) == before
 
@@ -383,7 +459,10 @@ def test_names_made_here_get_a_suffix(workshop):
     assert sorted(path.name for path in workshop.runs.iterdir()) == [
         "llama-1x16-text-book-s1337", "llama-1x16-text-book-s1337-2", "llama-1x16-text-book-s1337-3",
     ]  # fmt: skip
-    assert read_json(workshop.runs / "llama-1x16-text-book-s1337-2" / "config.json")["run_name"] == "llama-1x16-text-book-s1337-2"
+    assert (
+        read_json(workshop.runs / "llama-1x16-text-book-s1337-2" / "config.json")["run_name"]
+        == "llama-1x16-text-book-s1337-2"
+    )
 
 
 def test_a_name_taken_meanwhile_is_noticed(workshop, monkeypatch):
@@ -401,7 +480,9 @@ def test_a_name_taken_meanwhile_is_noticed(workshop, monkeypatch):
 def test_pruning_keeps_the_best_and_the_last(workshop, monkeypatch):
     losses = dict(zip(range(1, 9), [9.0, 8.0, 1.0, 7.0, 6.0, 5.0, 4.0, 3.0], strict=True))
     steps = iter(losses.values())
-    monkeypatch.setattr(train, "validation_scores", lambda *_: {"val_loss": next(steps), "perplexity": 1.0, "bits_per_byte": 1.0})
+    monkeypatch.setattr(
+        train, "validation_scores", lambda *_: {"val_loss": next(steps), "perplexity": 1.0, "bits_per_byte": 1.0}
+    )
     folder = workshop.run("--eval_interval=1", "--checkpoint_interval=1", "--keep_checkpoints=2")
     assert steps_of_checkpoints(folder) == [3, 7, 8]
     assert summary(folder)["best_step"] == 3 and summary(folder)["best_val_loss"] == 1.0
@@ -410,7 +491,9 @@ def test_pruning_keeps_the_best_and_the_last(workshop, monkeypatch):
 
 def test_pruning_keeps_the_best_that_was_saved(workshop, monkeypatch):
     losses = iter([9.0, 8.0, 7.0, 1.0, 6.0, 5.0, 4.5, 5.5, 5.6, 5.7, 5.8, 5.9])  # the best, of step 4, is not saved
-    monkeypatch.setattr(train, "validation_scores", lambda *_: {"val_loss": next(losses), "perplexity": 1.0, "bits_per_byte": 1.0})
+    monkeypatch.setattr(
+        train, "validation_scores", lambda *_: {"val_loss": next(losses), "perplexity": 1.0, "bits_per_byte": 1.0}
+    )
     folder = workshop.run("--max_iters=12", "--eval_interval=1", "--checkpoint_interval=3", "--keep_checkpoints=1")
     assert steps_of_checkpoints(folder) == [6, 12]
 
@@ -454,10 +537,14 @@ def sabotage(monkeypatch):
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(workshop, sabotage, kind):
     sabotage.bad_steps, sabotage.kind, sabotage.micro_batches = (3, 5), kind, 2
-    folder = workshop.run("--objective=sabotaged", "--checkpoint_interval=1", "--keep_checkpoints=0",
-                          "--gradient_accumulation_steps=2", "--max_non_finite_steps=2", "--tensorboard=True", "--plot=True")  # fmt: skip
+    folder = workshop.run(
+        "--objective=sabotaged", "--checkpoint_interval=1", "--keep_checkpoints=0", "--gradient_accumulation_steps=2",
+        "--max_non_finite_steps=2", "--tensorboard=True",
+    )  # fmt: skip
     for before, after, skipped in ((2, 3, False), (3, 4, True), (4, 5, False), (5, 6, True), (6, 7, False)):
-        same = torch.equal(weights(folder, before)["token_embedding.weight"], weights(folder, after)["token_embedding.weight"])
+        same = torch.equal(
+            weights(folder, before)["token_embedding.weight"], weights(folder, after)["token_embedding.weight"]
+        )
         assert same == skipped
     assert_same(training_state(folder, 3)["optimizers"], training_state(folder, 4)["optimizers"])
     assert [row["non_finite_steps"] for row in rows(folder, "train")] == [0, 0, 0, 1, 1, 2, 2, 2]
@@ -472,7 +559,12 @@ def test_too_many_in_a_row_stop_the_run_with_a_sentence(workshop, sabotage):
     arguments = ("--objective=sabotaged", "--max_non_finite_steps=3", "--max_iters=12", "--eval_interval=3")
     sentence = workshop.refused(*workshop.command(*arguments, "--plot=True", name="diverged"))
     folder = workshop.runs / "diverged"
-    for words in ("not finite 3 steps in a row, to step 6", "learning_rate=0.01", "--run_name=diverged", "max_non_finite_steps=3"):
+    for words in (
+        "not finite 3 steps in a row, to step 6",
+        "learning_rate=0.01",
+        "--run_name=diverged",
+        "max_non_finite_steps=3",
+    ):
         assert words in sentence
     assert summary(folder)["status"] == "failed" and summary(folder)["non_finite_steps"] == 3
     assert read_json(folder / "training_log.json")["training_iterations"][-1]["step"] == 6
@@ -637,9 +729,15 @@ def test_a_second_ctrl_c_leaves_at_once(workshop, signalling):
 class FakeWandb:
     """Weights & Biases as far as the sink uses it."""
 
-    def __init__(self, api_key=None):
-        self.api = type("Api", (), {"api_key": api_key})
+    def __init__(self, login):
+        self.login_succeeds = login
         self.logged, self.metrics, self.is_finished = [], {}, False
+
+    def login(self, prompt):
+        assert prompt is False  # a run that waits for an answer is a run that stands still
+        if self.login_succeeds is None:
+            raise OSError("no network")
+        return self.login_succeeds
 
     def init(self, **arguments):
         self.arguments = arguments
@@ -655,13 +753,17 @@ class FakeWandb:
         self.is_finished = True
 
 
-@pytest.mark.parametrize("api_key, mode", [(None, "offline"), ("secret", None)])
-def test_wandb_gets_every_row_against_steps_and_tokens(workshop, monkeypatch, api_key, mode):
-    fake = FakeWandb(api_key)
+@pytest.mark.parametrize(
+    "login, mode", [(False, "offline"), (True, None), (None, "offline")], ids=["no-login", "login", "no-network"]
+)
+def test_wandb_gets_every_row_against_steps_and_tokens(workshop, monkeypatch, login, mode):
+    fake = FakeWandb(login)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     folder = workshop.run("--wandb_log=True", "--wandb_project=mine", "--layer_stats_interval=8", name="watched")
-    assert fake.arguments["mode"] == mode and fake.arguments["project"] == "mine" and fake.arguments["name"] == "watched"
+    assert (
+        fake.arguments["mode"] == mode and fake.arguments["project"] == "mine" and fake.arguments["name"] == "watched"
+    )
     assert fake.arguments["config"] == read_json(folder / "config.json")
     assert fake.metrics["train/*"] == "step" and fake.metrics["by_tokens/*"] == "tokens_processed"
     assert len(fake.logged) == 12 and fake.is_finished
@@ -672,9 +774,10 @@ def test_wandb_gets_every_row_against_steps_and_tokens(workshop, monkeypatch, ap
 
 def test_the_real_wandb_writes_offline(workshop, monkeypatch, tmp_path):
     pytest.importorskip("wandb")
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache"),
-                        "WANDB_CONFIG_DIR": str(tmp_path / "config"), "WANDB_DATA_DIR": str(tmp_path / "data")}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
     folder = workshop.run("--wandb_log=True", "--max_iters=2")
     written = list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == 1 and written[0].stat().st_size > 1000
@@ -768,7 +871,11 @@ def test_tokens_of_an_unknown_tokenizer_are_trained_on(workshop, tmp_path):
     for split, n in (("train", 2000), ("val", 400)):
         (np.arange(n) * 7 % 50).astype("<u2").tofile(tokens / f"{split}.bin")
     describe_token_files(tokens, vocab_size=50)
-    arguments = [a for a in workshop.command("--sample_tokens=5", name="numbers") if not a.startswith(("--data_dir", "--dataset", "--input"))]
+    arguments = [
+        a
+        for a in workshop.command("--sample_tokens=5", name="numbers")
+        if not a.startswith(("--data_dir", "--dataset", "--input"))
+    ]
     train.main([*arguments, f"--data_dir={tmp_path / 'data'}", "--dataset=tokens"])
     folder = workshop.runs / "numbers"
     assert summary(folder)["status"] == "finished" and summary(folder)["bits_per_byte"] is None
