@@ -76,7 +76,7 @@ def visible(query_positions, key_positions, causal, window, query_documents=None
     return mask
 
 
-# ---- backends: q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D) ----------------------------------------------
+# ---- backends: q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D) --------------------------------------------
 
 
 def _repeat_heads(q, k, v):
@@ -188,7 +188,9 @@ class Attention(Mixer):
         self.qkv = nn.Linear(config.n_embd, sum(self.split_sizes), bias=config.bias)  # one product for all three
         self.out = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         norm = NORM_REGISTRY[config.normalization] if o.qk_norm else None
-        self.query_norm, self.key_norm = (norm(self.head_dim, config), norm(self.head_dim, config)) if norm else (None, None)
+        self.query_norm, self.key_norm = (
+            (norm(self.head_dim, config), norm(self.head_dim, config)) if norm else (None, None)
+        )
         encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
         self.position_encoding = encoding(config, self.head_dim) if encoding.acts_in_attention else None
 
@@ -232,7 +234,9 @@ class Attention(Mixer):
 
     def check_device(self, device):
         if self.backend is FlexBackend and device.type != "cuda":
-            raise UserError(f"attention_backend='flex' trains on CUDA alone and this is {device.type}; use 'sdpa' or 'manual'")
+            raise UserError(
+                f"attention_backend='flex' trains on CUDA alone and this is {device.type}; use 'sdpa' or 'manual'"
+            )
 
     # -- one token at a time
 
@@ -264,7 +268,7 @@ class Attention(Mixer):
         return {"keys": keys, "values": values, "held": needed, "length": state["length"] + k.size(2)}
 
     def _drop_unseen(self, state):
-        """With a window, forget what the next token cannot see; done when half of the buffer is past, not each token."""
+        """With a window, forget what the next token cannot see; when half of the buffer is past, not each token."""
         keep = self.window - 1
         if not self.window or state["held"] < 2 * self.window:
             return state
@@ -301,8 +305,10 @@ def _check(config, o, n_kv_head):
     backend = ATTENTION_BACKEND_REGISTRY[config.attention_backend]
     if o.attention_soft_cap and not backend.soft_cap:
         raise UserError(
-            f"attention_soft_cap={o.attention_soft_cap} cannot be done by attention_backend='{config.attention_backend}';"
-            " use attention_backend='flex' or 'manual'"
+            f"attention_soft_cap={o.attention_soft_cap} cannot be done by "
+            f"attention_backend='{config.attention_backend}'; use attention_backend='flex' or 'manual'"
         )
     if config.attention_backend == "flex" and config.dropout:
-        raise UserError(f"attention_backend='flex' has no dropout and dropout={config.dropout}; use 'sdpa' or dropout=0.0")
+        raise UserError(
+            f"attention_backend='flex' has no dropout and dropout={config.dropout}; use 'sdpa' or dropout=0.0"
+        )

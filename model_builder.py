@@ -73,8 +73,10 @@ class Block(nn.Module):
     def _through(self, x, mix):
         if self.parallel and self.ffn is not None:
             h = self.mixer_norm(x)
-            return x + self._branch(mix(h), self.mixer_out_norm, self.mixer_scale) + self._branch(
-                self.ffn(h), self.ffn_out_norm, self.ffn_scale
+            return (
+                x
+                + self._branch(mix(h), self.mixer_out_norm, self.mixer_scale)
+                + self._branch(self.ffn(h), self.ffn_out_norm, self.ffn_scale)
             )
         x = self._residual(x, mix, self.mixer_norm, self.mixer_out_norm, self.mixer_scale)
         if self.ffn is not None:
@@ -202,7 +204,7 @@ class ConfigurableGPT(nn.Module):
         return self.logits(x), {"length": state["length"] + idx.size(1), "blocks": states}
 
     def context_limit(self):
-        """Tokens that generation may look back on: block_size, or None when every block's state has one size for ever."""
+        """Tokens that generation may look back on: block_size, or None when every block's state has one size."""
         T = 4 * self.config.block_size
         grows = any(block.mixer.state_bytes(T) > block.mixer.state_bytes(T // 4) for block in self.blocks)
         return self.config.block_size if grows or self.position_embedding is not None else None
@@ -240,7 +242,7 @@ def soft_cap(logits, cap):
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """(B, V) -> (B, 1): drawn from the softmax at `temperature`, cut to the top_k likeliest and the nucleus of top_p."""
+    """(B, V) -> (B, 1): drawn from the softmax at `temperature`, cut to the top_k likeliest and to top_p."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
@@ -316,7 +318,9 @@ def parameter_plan(model):
         init = _init_rule(owner, leaf, name, declared)
         is_vector = parameter.dim() < 2 or name in declared["no_weight_decay"]
         is_matrix = isinstance(owner, nn.Linear) and leaf == "weight" and "blocks" in path.split(".")
-        plan.append(ParameterSpec(name, tuple(parameter.shape), _group(model, path, owner), init, not is_vector, is_matrix))
+        plan.append(
+            ParameterSpec(name, tuple(parameter.shape), _group(model, path, owner), init, not is_vector, is_matrix)
+        )
     return plan
 
 
@@ -325,8 +329,19 @@ def _declarations(model):
     declared = {"no_weight_decay": set(), "own_init": set(), "residual_out": set()}
     for path, module in model.named_modules():
         for kind, names in declared.items():
-            names.update(f"{path}.{name}" if path else name for name in getattr(module, kind, ()))
+            for name in getattr(module, kind, ()):
+                _require_parameter(module, name, kind)
+                names.add(f"{path}.{name}" if path else name)
     return declared
+
+
+def _require_parameter(module, name, kind):
+    """Refuse a misspelt declaration, which would otherwise do nothing, silently."""
+    target = module
+    for word in name.split("."):
+        if not hasattr(target, word):
+            raise TypeError(f"{type(module).__name__}.{kind} names '{name}', which it does not have")
+        target = getattr(target, word)
 
 
 def _init_rule(owner, leaf, name, declared):
@@ -345,7 +360,7 @@ def _init_rule(owner, leaf, name, declared):
 
 def _group(model, path, owner):
     """Which line of the ledger a parameter belongs to."""
-    if isinstance(owner, Norm) or isinstance(owner, ResidualScale):
+    if isinstance(owner, (Norm, ResidualScale)):
         return "norm"
     words = path.split(".")
     if words[0] == "blocks":

@@ -294,7 +294,7 @@ class StandardFFN(FFN):
 
 
 class GatedFFN(FFN):
-    """down(activation(gate(x)) * up(x)) (Shazeer 2020, eq. 6); 8/3 n_embd wide, it has the weights of a 4x plain FFN."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, eq. 6); at 8/3 n_embd it has the weights of a 4x FFN."""
 
     class Options(FFN.Options):
         ffn_multiplier: float = 8 / 3  # hidden width over n_embd; 8/3 of three matrices equals 4 of two

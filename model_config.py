@@ -1,8 +1,8 @@
 """`ModelArchitectureConfig`: what the network is. Presets, sizes, validation, names, JSON. Standard library only.
 
-    config = ModelArchitectureConfig.from_preset('llama', model_size='124M', n_kv_head=4)
-    config.architecture_name()          # '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
-    config.save('llama.json'); ModelArchitectureConfig.load('llama.json') == config
+config = ModelArchitectureConfig.from_preset('llama', model_size='124M', n_kv_head=4)
+config.architecture_name()          # '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'
+config.save('llama.json'); ModelArchitectureConfig.load('llama.json') == config
 """
 
 import dataclasses
@@ -70,7 +70,9 @@ class ModelArchitectureConfig:
     dropout: float = 0.0  # on the embedding, attention weights and both branches
 
     # -- blocks
-    block_pattern: str = "attention"  # mixers tiled over the depth, 'a,b,a'; 'a/none' leaves the FFN out, 'a/swiglu' picks one
+    block_pattern: str = (
+        "attention"  # mixers tiled over the depth, 'a,b,a'; 'a/none' leaves the FFN out, 'a/swiglu' picks one
+    )
     parallel_blocks: bool = False  # mixer and FFN read the same norm and are added together (PaLM)
     residual_scaling: str = "none"  # none, depth: branches / sqrt(2 n_layer), learned: a gain per channel (LayerScale)
     causal: bool = True  # a token sees only the tokens before it
@@ -169,7 +171,8 @@ class ModelArchitectureConfig:
 _LABELS = {
     "learned_absolute": "Learned", "rope": "RoPE", "alibi": "ALiBi", "none": "NoPos",
     "layernorm": "LN", "layernorm_nobias": "LNnb", "rmsnorm": "RMS",
-    "gelu": "GELU", "gelu_tanh": "GELUtanh", "silu": "SiLU", "relu": "ReLU", "leaky_relu": "LeakyReLU", "relu2": "ReLU2",
+    "gelu": "GELU", "gelu_tanh": "GELUtanh", "silu": "SiLU",
+    "relu": "ReLU", "leaky_relu": "LeakyReLU", "relu2": "ReLU2",
     "swiglu": "SwiGLU", "geglu": "GEGLU",
     "pre": "PreNorm", "post": "PostNorm", "sandwich": "SandwichNorm",
 }  # fmt: skip
@@ -183,7 +186,9 @@ def expand_preset(values):
     """
     preset, size = values.get("arch_preset"), values.get("model_size")
     if preset is not None and preset not in PRESETS:
-        raise UserError(f"arch_preset={preset!r} does not exist{did_you_mean(preset, PRESETS)} (known: {', '.join(PRESETS)})")
+        raise UserError(
+            f"arch_preset={preset!r} does not exist{did_you_mean(preset, PRESETS)} (known: {', '.join(PRESETS)})"
+        )
     if size is not None and size not in SIZES:
         raise UserError(f"model_size={size!r} does not exist{did_you_mean(size, SIZES)} (known: {', '.join(SIZES)})")
     return {**PRESETS.get(preset, {}), **SIZES.get(size, {}), **values}
@@ -209,7 +214,7 @@ ModelArchitectureConfig.__init__ = _init
 
 
 def validate(config):
-    """Refuse what no model can be; names are checked where registries are filled (importing model_builder fills them)."""
+    """Refuse what no model can be; names are checked once registries are filled (by model_builder)."""
     for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -242,4 +247,6 @@ def _check_registered(registry_name, value, setting=None):
     registry = ALL_REGISTRIES.get(registry_name)
     if registry and value not in registry:
         known = ", ".join(sorted(registry))
-        raise UserError(f"{setting or registry_name}={value!r} does not exist{did_you_mean(value, registry)} (known: {known})")
+        raise UserError(
+            f"{setting or registry_name}={value!r} does not exist{did_you_mean(value, registry)} (known: {known})"
+        )

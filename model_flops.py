@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from model_builder import ConfigurableGPT, on_meta, parameter_plan
+from model_builder import ConfigurableGPT, ResidualScale, on_meta, parameter_plan
 from model_components import Norm
 
-CONVENTION = "training = 3 x forward; attention without the causal half (PaLM); embedding lookups and recomputation not counted"
+CONVENTION = (
+    "training = 3 x forward; attention without the causal half (PaLM); embedding lookups and recomputation not counted"
+)
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def flops_per_token(model, context=None):
             group = path.split(".")[2] if path.startswith("blocks.") else path
             linear[group] = linear.get(group, 0.0) + 2 * module.in_features * module.out_features * fraction
             vectors += 2 * module.out_features * fraction if module.bias is not None else 0
-        elif isinstance(module, Norm):
+        elif isinstance(module, (Norm, ResidualScale)):
             vectors += 2 * sum(parameter.numel() for parameter in module.parameters())
     mixing = {}
     for (name, _), block in zip(model.config.blocks(), model.blocks, strict=True):

@@ -47,9 +47,9 @@ class Registry(dict):
         return register
 
     def __setitem__(self, name, part):
-        if name in self and self[name] is not part:
-            if getattr(self[name], "__module__", None) != CONFIG_FILE_MODULE:
-                raise UserError(f"{self.setting} '{name}' is already registered; give the new part another name")
+        taken = name in self and self[name] is not part
+        if taken and getattr(self[name], "__module__", None) != CONFIG_FILE_MODULE:
+            raise UserError(f"{self.setting} '{name}' is already registered; give the new part another name")
         super().__setitem__(name, part)
 
     def __missing__(self, name):

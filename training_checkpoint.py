@@ -1,9 +1,9 @@
 """Checkpoints: when they are due, written whole or not at all, read back with every byte checked.
 
-    runs/<name>/checkpoint-5000/
-      model.safetensors     unsharded and unprefixed: loads on a laptop, whatever trained it
-      training_state.pt     optimizer by parameter name, random state, scaler, stream (loads with weights_only=True)
-      metadata.json         step, token counters, both configs, checksums
+runs/<name>/checkpoint-5000/
+  model.safetensors     unsharded and unprefixed: loads on a laptop, whatever trained it
+  training_state.pt     optimizer by parameter name, random state, scaler, stream (loads with weights_only=True)
+  metadata.json         step, token counters, both configs, checksums
 """
 
 import hashlib

@@ -189,6 +189,6 @@ def validate(config):
             value, words = getattr(config, name), [str(choice) for choice in allowed]
             raise UserError(f"{name}={value!r} must be one of {', '.join(words)}{did_you_mean(value, words)}")
     if config.run_name is not None and (not config.run_name.strip(" .") or set(config.run_name) & set('/\\:*?"<>|')):
-        raise UserError(f"run_name={config.run_name!r} must be a plain folder name without / \\ : * ? \" < > |")
+        raise UserError(f'run_name={config.run_name!r} must be a plain folder name without / \\ : * ? " < > |')
     if config.init_from == "resume" and config.run_name is None:
         raise UserError("init_from=resume needs run_name=NAME, the run to continue")

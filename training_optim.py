@@ -1,7 +1,7 @@
 """Optimizers from the parameter plan, learning rate schedules as pure functions of the step, gradient clipping.
 
-    optimizers = OPTIMIZER_REGISTRY['adamw'](plan, parameters, config, device)   # a list: Muon comes with an AdamW
-    factor = SCHEDULE_REGISTRY['cosine'](config, total_steps)                    # factor(step) in [0, 1]
+optimizers = OPTIMIZER_REGISTRY['adamw'](plan, parameters, config, device)   # a list: Muon comes with an AdamW
+factor = SCHEDULE_REGISTRY['cosine'](config, total_steps)                    # factor(step) in [0, 1]
 """
 
 import math

@@ -336,9 +336,7 @@ def summary_of(folder):
 @exit_on_user_error
 def prepare_from_command_line(dataset, description, arguments=None):
     """The main of every data/<name>/prepare.py."""
-    parser = Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     corpus = CORPUS_REGISTRY[dataset]
     parser.add_argument("--input", help="a local file or folder to read instead of a download")
     parser.add_argument("--variant", help=f"one of {', '.join(corpus.variants)}" if corpus.variants else "none here")

@@ -1,4 +1,4 @@
-# Tiny Shakespeare by character, at nanoGPT's setting for a CPU: `python train.py config/arch_gpt2.py config/data_shakespeare_char.py`
+# Tiny Shakespeare by character, at nanoGPT's setting for a CPU. Put it after an arch file.
 
 dataset = "shakespeare_char"
 

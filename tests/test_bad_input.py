@@ -6,9 +6,9 @@ import json
 import shutil
 
 import pytest
-from training_helpers import Workshop, a_peak, book, files_in, workshop
 
 import train
+from training_helpers import Workshop, a_peak, book, files_in, workshop
 
 
 @pytest.fixture(scope="module")

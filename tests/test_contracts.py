@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from model_helpers import backends_that_train_on_cpu, scrambled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +21,7 @@ from model_components import (
 )
 from model_config import PRESETS
 from model_flops import active_parameters, flops_per_token, parameters_by_group, state_bytes
+from model_helpers import backends_that_train_on_cpu, scrambled
 from registry import options_of
 from user_errors import UserError
 
@@ -237,7 +237,7 @@ def test_declared_flops_equal_torchs_counter(build, variant, t):
 @every_variant
 def test_biases_and_norms_cost_two_per_weight(build, variant):
     model = build(variant)
-    vectors = {name: p for name, p in model.named_parameters() if p.dim() == 1 and not name.endswith("_scale.gain")}
+    vectors = {name: p for name, p in model.named_parameters() if p.dim() == 1}
     assert flops_per_token(model, T).vectors == 2 * sum(p.numel() for p in vectors.values())
 
 

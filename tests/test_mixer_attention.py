@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from model_helpers import backends_that_train_on_cpu, scrambled
 
 from mixer_attention import ATTENTION_BACKEND_REGISTRY, Attention, visible
+from model_helpers import backends_that_train_on_cpu, scrambled
 from user_errors import UserError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -311,6 +311,7 @@ def test_what_attention_cannot_honour_is_refused_with_both_settings(tiny, change
 
 
 def test_a_backend_that_cannot_train_here_says_so(make):
+    assert {"manual", "sdpa"} <= {*backends_that_train_on_cpu()}
     for backend in ATTENTION_BACKEND_REGISTRY:
         make("mha", backend).check_device(torch.device("cuda"))
     with pytest.raises(UserError, match=r"attention_backend='flex' trains on CUDA alone and this is cpu"):

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from model_helpers import scrambled
 
 from mixer_attention import MIXER_REGISTRY, Mixer
 from model_builder import (
@@ -20,6 +19,7 @@ from model_builder import (
 )
 from model_components import POSITION_ENCODING_REGISTRY, ALiBi, LearnedAbsolute, RoPE
 from model_config import ModelArchitectureConfig
+from model_helpers import scrambled
 from user_errors import UserError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -48,7 +48,6 @@ def assert_same_gradients(ours, reference, x, parameters):
 # ---- norms ----------------------------------------------------------------------------------------------------------
 
 
-
 def standardised(x, eps):
     centred = x - x.mean(-1, keepdim=True)
     return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
@@ -310,7 +309,6 @@ FFN_EQUATIONS = {
 
 def times(x, linear):
     return x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
-
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -5,10 +5,10 @@
 import os
 
 import pytest
-from training_helpers import Workshop, a_peak, book, files_in, workshop
 
 import sample
 import train
+from training_helpers import Workshop, a_peak, book, files_in, workshop
 from training_parallel import find_place
 from user_errors import UserError
 

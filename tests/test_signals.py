@@ -6,6 +6,7 @@ import signal
 import subprocess
 
 import pytest
+
 from training_helpers import (
     assert_same_run,
     book,

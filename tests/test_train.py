@@ -11,6 +11,11 @@ import threading
 
 import pytest
 import torch
+
+import sample
+import train
+from registry import ALL_REGISTRIES
+from training_data import BatchStream, Dataset
 from training_helpers import (
     MEASURED,
     ROOT,
@@ -30,11 +35,6 @@ from training_helpers import (
     weights,
     workshop,
 )
-
-import sample
-import train
-from registry import ALL_REGISTRIES
-from training_data import BatchStream, Dataset
 from training_objectives import OBJECTIVE_REGISTRY, CausalLM
 
 # ---- what a run leaves behind ---------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_helpers import assert_same, files_in
 
 import training_checkpoint as checkpoint
 from model_builder import ConfigurableGPT, parameter_plan
 from training_checkpoint import checkpoint_steps, evaluation_steps
 from training_config import TrainConfig
+from training_helpers import assert_same, files_in
 from training_optim import OPTIMIZER_REGISTRY
 from user_errors import UserError
 

@@ -9,6 +9,9 @@ import sys
 
 import pytest
 import torch
+
+import training_parallel as parallel
+from training_config import TrainConfig
 from training_helpers import (
     ROOT,
     Workshop,
@@ -22,9 +25,6 @@ from training_helpers import (
     weights,
     workshop,
 )
-
-import training_parallel as parallel
-from training_config import TrainConfig
 from training_parallel import Place, find_place
 from user_errors import UserError
 
