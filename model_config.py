@@ -70,9 +70,7 @@ class ModelArchitectureConfig:
     dropout: float = 0.0  # on the embedding, attention weights and both branches
 
     # -- blocks
-    block_pattern: str = (
-        "attention"  # mixers tiled over the depth, 'a,b,a'; 'a/none' leaves the FFN out, 'a/swiglu' picks one
-    )
+    block_pattern: str = "attention"  # mixers tiled over the depth; 'a/swiglu' picks an FFN, 'a/none' has none
     parallel_blocks: bool = False  # mixer and FFN read the same norm and are added together (PaLM)
     residual_scaling: str = "none"  # none, depth: branches / sqrt(2 n_layer), learned: a gain per channel (LayerScale)
     causal: bool = True  # a token sees only the tokens before it
