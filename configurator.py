@@ -319,7 +319,16 @@ def load_run(run_folder):
 
 
 # What decides the weights and the order of the data: a resumed run keeps it.
-FIXED_FOR_A_RUN = ("seed", "dataset", "tokenizer", "tokenizer_vocab_size", "variant", "objective", "optimizer")
+FIXED_FOR_A_RUN = (
+    "eval_iters",
+    "seed",
+    "dataset",
+    "tokenizer",
+    "tokenizer_vocab_size",
+    "variant",
+    "objective",
+    "optimizer",
+)
 FOR_ONE_COMMAND = ("resume_step", "eval_only")  # what an earlier command of the run said is not meant for the next
 LENGTHS = ("max_iters", "max_tokens", "epochs")  # giving one takes the place of the one that the run had
 

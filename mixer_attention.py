@@ -178,7 +178,7 @@ class Attention(Mixer):
     def __init__(self, config, layer_index):
         super().__init__()
         o = config.options_for(type(self))
-        self.n_head, self.n_kv_head = config.n_head, o.n_kv_head or config.n_head
+        self.n_head, self.n_kv_head = config.n_head, config.n_head if o.n_kv_head is None else o.n_kv_head
         _check(config, o, self.n_kv_head)
         self.head_dim = o.head_dim or config.n_embd // config.n_head
         self.window, self.soft_cap = o.sliding_window, o.attention_soft_cap
@@ -205,7 +205,7 @@ class Attention(Mixer):
             q, k = self.query_norm(q), self.key_norm(k)
         if self.position_encoding is not None:
             q, k = self.position_encoding.rotate(q, positions), self.position_encoding.rotate(k, positions)
-        return q, k, v
+        return q.to(v.dtype), k.to(v.dtype), v  # autocast norms in float32, and a kernel wants one dtype
 
     def bias(self, query_positions, key_positions, dtype):
         if self.position_encoding is None:
@@ -298,6 +298,10 @@ def _check(config, o, n_kv_head):
     """Refuse shapes and pairs of settings that attention cannot honour."""
     if o.head_dim is None and config.n_embd % config.n_head:
         raise UserError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads; change one of them")
+    for name in ("n_kv_head", "head_dim"):
+        value = getattr(o, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1, or None")
     if n_kv_head < 1 or config.n_head % n_kv_head:
         raise UserError(f"n_head={config.n_head} must be a multiple of n_kv_head={n_kv_head}")
     if o.sliding_window < 0:

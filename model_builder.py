@@ -290,6 +290,10 @@ def unused_options(config):
 # ---- the parameter plan ---------------------------------------------------------------------------------------------
 
 
+class DeclarationError(UserError, TypeError):
+    """A part, perhaps of the user's own, says too little or something untrue about its parameters."""
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """What is to happen to one parameter; initialisation and the optimizer read nothing else."""
@@ -308,7 +312,7 @@ def parameter_plan(model):
     Call it before wrapping: names are those of the bare model.
 
     Raises:
-        TypeError: a parameter that no rule covers, so that nothing is ever initialised by accident.
+        DeclarationError: a parameter that no rule covers, so that nothing is ever initialised by accident.
     """
     declared = _declarations(model)
     plan = []
@@ -340,7 +344,7 @@ def _require_parameter(module, name, kind):
     target = module
     for word in name.split("."):
         if not hasattr(target, word):
-            raise TypeError(f"{type(module).__name__}.{kind} names '{name}', which it does not have")
+            raise DeclarationError(f"{type(module).__name__}.{kind} names '{name}', which it does not have")
         target = getattr(target, word)
 
 
@@ -355,7 +359,7 @@ def _init_rule(owner, leaf, name, declared):
         return "normal" if leaf == "weight" else "zeros"
     if isinstance(owner, nn.Embedding):
         return "normal"
-    raise TypeError(f"{type(owner).__name__}.{leaf} ({name}) has no initialisation: declare it in `own_init`")
+    raise DeclarationError(f"{type(owner).__name__}.{leaf} ({name}) has no initialisation: declare it in `own_init`")
 
 
 def _group(model, path, owner):

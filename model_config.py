@@ -80,7 +80,7 @@ class ModelArchitectureConfig:
     init_std: float = 0.02  # of weights; what writes to the residual stream gets / sqrt(2 n_layer) (GPT-2)
     logit_soft_cap: float = 0.0  # cap * tanh(logits / cap), as in Gemma 2; 0 is off
 
-    # -- what parts declare for themselves
+    # what parts declare for themselves
     part_options: dict = field(default_factory=dict)  # options set away from their defaults
 
     def __post_init__(self):
@@ -102,12 +102,14 @@ class ModelArchitectureConfig:
         options = options_of(part)
         return SimpleNamespace(**{name: self.part_options.get(name, o.default) for name, o in options.items()})
 
+    def pattern(self):
+        """[(mixer name, FFN name or 'none')] of block_pattern, once."""
+        entries = [entry.strip().partition("/") for entry in self.block_pattern.split(",")]
+        return [(mixer, ffn or self.ffn_type) for mixer, _, ffn in entries]
+
     def blocks(self):
         """[(mixer name, FFN name or 'none')] for each layer: block_pattern tiled over n_layer."""
-        pattern = []
-        for entry in self.block_pattern.split(","):
-            mixer, _, ffn = entry.strip().partition("/")
-            pattern.append((mixer, ffn or self.ffn_type))
+        pattern = self.pattern()
         return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
 
     def architecture_name(self):
@@ -230,7 +232,7 @@ def validate(config):
         raise UserError("parallel_blocks=True needs one norm before both branches; norm_position='post' has none there")
     for setting in ("normalization", "activation", "position_encoding", "attention_backend"):
         _check_registered(setting, getattr(config, setting))
-    for mixer, ffn in config.blocks():
+    for mixer, ffn in config.pattern():
         _check_registered("mixer", mixer, "block_pattern")
         if ffn != "none":
             _check_registered("ffn_type", ffn)

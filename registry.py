@@ -11,6 +11,7 @@ A part may declare options of its own: an inner `class Options:` with typed defa
 settings (`--d_state=32`), so that adding a part edits no list anywhere.
 """
 
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ def options_of(part, part_name="", of="model"):
         declared = vars(base).get("Options")
         if declared is None:
             continue
-        annotations = vars(declared).get("__annotations__", {})
+        annotations = typing.get_type_hints(declared)  # a file may hold them as strings
         for name, default in vars(declared).items():
             if not name.startswith("_"):
                 options[name] = PartOption(part_name, of, default, annotations.get(name, type(default)))

@@ -69,6 +69,8 @@ def parse(arguments):
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         if not getattr(args, name) >= least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed={args.seed} must be below 2**63")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top_p={args.top_p} must lie in (0, 1]")
     return args

@@ -31,7 +31,7 @@ import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
 from model_builder import ConfigurableGPT, parameter_plan, unused_options  # noqa: E402
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
-from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset  # noqa: E402
+from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
 from training_ledger import Ledger  # noqa: E402
 from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, validation_scores  # noqa: E402
 from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
@@ -43,7 +43,7 @@ from user_errors import UserError, exit_on_user_error  # noqa: E402
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         return print(configurator.help_text(__doc__))
-    with contextlib.ExitStack() as closing:  # however a run ends, what it opened is closed
+    with parallel.memory_errors(), contextlib.ExitStack() as closing:  # however a run ends, what it opened is closed
         train(arguments, closing)
 
 
@@ -63,7 +63,7 @@ def train(arguments, closing):
     dataset.check_vocab(settings.model.vocab_size)
     block_size = settings.model.block_size
     stream = BatchStream(dataset, block_size, config.sequences_per_step, config.seed)
-    validation = ValidationSet(dataset, block_size, config.eval_iters * config.sequences_per_step or None)
+    validation = ValidationSet(dataset, block_size, windows_of(config.eval_iters, block_size))
     total_steps = config.total_steps(stream.tokens_per_step, stream.steps_per_epoch)
 
     # ---- model, objective, optimizer ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ runs/<name>/checkpoint-5000/
   metadata.json         step, token counters, both configs, checksums
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -131,7 +132,10 @@ def prune(run_folder, keep, always_keep=()):
     folders = list_checkpoints(run_folder)
     for step, folder in folders[:-keep] if keep else []:
         if step not in always_keep:
-            shutil.rmtree(folder)
+            leaving = folder.with_name(f".{folder.name}.tmp")  # renamed first: a folder that exists is whole
+            with contextlib.suppress(OSError):  # held open by another program: it stays until the next time
+                os.replace(folder, leaving)
+                shutil.rmtree(leaving, ignore_errors=True)
 
 
 def set_aside(run_folder, step):

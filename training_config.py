@@ -70,7 +70,7 @@ class TrainConfig:
 
     # -- evaluation
     eval_interval: int = 250  # steps between evaluations; a few more come early, at halvings of this
-    eval_iters: int = 20  # validation windows, in steps' worth of sequences, the same every time; 0 is the whole split
+    eval_iters: int = 4  # size of the validation set, in units of 16,384 tokens; 0 is the whole split
     eval_only: bool = False  # evaluate once and leave
     sample_tokens: int = 200  # length of the sample of text at the end; 0 for none
 
@@ -87,7 +87,7 @@ class TrainConfig:
     wandb_run_name: str | None = None  # None is the run's name
     plot: bool = True  # draw the loss at the end
 
-    # -- what parts declare for themselves
+    # what parts declare for themselves
     part_options: dict = field(default_factory=dict)  # options of the optimizer, schedule and objective
 
     def __post_init__(self):

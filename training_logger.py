@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -115,12 +116,13 @@ class ConsoleLogger(SilentLogger):
     def train(self, row, eta_seconds):
         """Show a training row; on a terminal the line is overwritten by the next."""
         line = (
-            f"{self._step(row)}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}"
-            f"  {human_count(row['tokens_per_second'])} tok/s  MFU {100 * row['mfu']:.1f}%"
-            f"  ETA {human_seconds(eta_seconds)}"
+            f"{self._step(row)}  loss {row['loss']:.4f}  {human_count(row['tokens_per_second'])} tok/s"
+            f"  MFU {100 * row['mfu']:.1f}%  ETA {human_seconds(eta_seconds)}"
+            f"  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}"
         )
         if self.is_terminal:
             self._clear()
+            line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be overwritten
             print(line, end="", flush=True)
             self.width = len(line)
         else:
@@ -444,6 +446,7 @@ def earlier_sessions(folder):
         return {}
     before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     session = {name: before[name] for name in ("created", "command", "git", "versions", "resolved")}
+    session["training_config"] = before.get("training_config")
     return {"earlier_sessions": [*before.get("earlier_sessions", []), session]}
 
 

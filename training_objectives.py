@@ -79,6 +79,8 @@ def linear_cross_entropy(hidden, weight, targets, cap=0.0, z_loss=0.0, chunk_ele
     """
     if hidden.size(0) * weight.size(0) <= chunk_elements:
         return _whole(hidden, weight, targets, cap, z_loss)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # so that the chunks take no gradients in passing
     rows = max(1, chunk_elements // weight.size(0))
     return ChunkedLinearCrossEntropy.apply(hidden, weight, targets, cap, z_loss, rows)
 

@@ -180,6 +180,19 @@ def compile_module(module, example_batch, place):
     return compiled, "on"
 
 
+@contextlib.contextmanager
+def memory_errors():
+    """Turn running out of memory into a sentence."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            "out of memory; lower batch_size and raise gradient_accumulation_steps by as much, or take a smaller model"
+        ) from error
+
+
 # ---- agreement over ranks --------------------------------------------------------------------------------------------
 
 

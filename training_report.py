@@ -3,6 +3,7 @@
 import torch
 
 from model_flops import CONVENTION, state_bytes, training_memory_bytes
+from training_parallel import DTYPES
 
 # ---- numbers for people ----------------------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
     config, block_size = settings.train, settings.model.block_size
     steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
     tokens, train_tokens, val_tokens = steps * tokens_per_step, len(dataset.train), len(dataset.val)
-    memory = training_memory_bytes(model, config.batch_size)
+    memory = training_memory_bytes(model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements)
     at_half = flops.training * tokens / (peak.flops_per_second * place.world_size / 2)
     kernels = ", ".join(f"{part} {kernel}" for part, kernel in resolved["kernels"].items())
     rows = [

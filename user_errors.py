@@ -7,6 +7,7 @@ prints the sentence and leaves with exit code 2. Everything else that goes wrong
 import argparse
 import difflib
 import functools
+import os
 import sys
 
 
@@ -49,6 +50,9 @@ def exit_on_user_error(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except BrokenPipeError:  # `... | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)
             sys.exit(130)

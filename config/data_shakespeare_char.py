@@ -12,4 +12,4 @@ min_lr = 1e-4
 warmup_iters = 100
 beta2 = 0.99
 eval_interval = 250
-eval_iters = 200  # 154k tokens of the 111k-character validation split: all of it
+eval_iters = 0  # all 111k characters of the validation split

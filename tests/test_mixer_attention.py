@@ -299,7 +299,7 @@ def test_mixing_flops_by_hand(make):
     ({"n_embd": 18}, ["n_embd=18", "n_head=4"]),
     ({"n_kv_head": 3}, ["n_head=4", "n_kv_head=3"]),
     ({"n_kv_head": 8}, ["n_head=4", "n_kv_head=8"]),
-    ({"n_kv_head": -1}, ["n_head=4", "n_kv_head=-1"]),
+    ({"n_kv_head": -1}, ["n_kv_head=-1"]),
     ({"sliding_window": -1}, ["sliding_window=-1"]),
     ({"attention_soft_cap": 5.0}, ["attention_soft_cap=5.0", "attention_backend='sdpa'", "'manual'"]),
     ({"attention_backend": "flex", "dropout": 0.1}, ["attention_backend='flex'", "dropout=0.1"]),
