@@ -23,7 +23,7 @@ from pathlib import Path
 from comparison_plots import draw_curves
 from comparison_report import COLUMN, rank, show, write_csv, write_markdown
 from comparison_runs import find_runs
-from user_errors import UserError, did_you_mean, exit_on_user_error
+from user_errors import Parser, UserError, did_you_mean, exit_on_user_error
 
 PIPE_WIDTH = 160  # columns when the output goes to a file or a pipe, so that every run keeps to one line
 
@@ -48,16 +48,6 @@ def parse_arguments(argv=None):
     if arguments.max_rows < 0:
         raise UserError(f"--max_rows={arguments.max_rows} must be 0 or more")
     return arguments
-
-
-class Parser(argparse.ArgumentParser):
-    """Argparse whose mistakes are one sentence, like everywhere else in this project."""
-
-    def error(self, message):
-        unknown = message.removeprefix("unrecognized arguments: ")
-        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        hint = did_you_mean(unknown.split()[0].split("=")[0], flags) if unknown != message else ""
-        raise UserError(f"{message}{hint or '; see --help'}")
 
 
 @exit_on_user_error

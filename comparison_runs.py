@@ -28,7 +28,7 @@ RUN_FORMAT = 1  # of config.json and summary.json; older ones are read as far as
 # Settings that leave the weights alone: two runs that differ only here, or in the seed, are the same configuration.
 BOOKKEEPING = {
     "run_name", "runs_dir", "seed", "init_from", "resume_step", "data_dir", "input", "prefetch_batches",
-    "loss_chunk_elements", "max_non_finite_steps", "threads", "use_zero1", "use_fsdp", "eval_interval", "eval_only",
+    "loss_chunk_elements", "kernel_backend", "max_non_finite_steps", "threads", "eval_interval", "eval_only",
     "sample_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "layer_stats_interval", "tensorboard",
     "wandb_log", "wandb_project", "wandb_run_name", "plot",
 }  # fmt: skip
@@ -42,7 +42,7 @@ RESOLVED_TRAINING = ("tokens per step", "precision")
 # Names for sets of other fields: `team` and `llama` are the same architecture.
 MODEL_LABELS = {"arch_preset", "model_size"}
 # Model fields that the data decides, and how the network is computed rather than what it is.
-NOT_COMPONENTS = {"vocab_size", "attention_backend", "kernel_backend"}
+NOT_COMPONENTS = {"vocab_size", "attention_backend"}
 
 
 # -- reading one run

@@ -35,7 +35,7 @@ class Settings:
     given: dict  # the settings that the command or its files set, with their values
 
 
-# ---- the one flat namespace -----------------------------------------------------------------------------------------
+# ---- the one flat namespace ------------------------------------------------------------------------------------------
 
 MODEL_TYPES = typing.get_type_hints(ModelArchitectureConfig)
 TRAIN_TYPES = typing.get_type_hints(TrainConfig)
@@ -81,7 +81,7 @@ def flatten(model_values, train_values):
     return {**flat, **options_from_json(options)}
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_settings(arguments, base=None):
@@ -102,7 +102,7 @@ def read_settings(arguments, base=None):
 
 
 def _read_values(arguments, base):
-    """(every setting's value over `base`, the settings that the arguments give, config file sources), not yet validated."""
+    """(all settings given or in `base`, those that the arguments give, config file sources), not yet validated."""
     values, given, sources = dict(base), {}, []
     for kind, item in _split_arguments(arguments):
         if kind == "file":
@@ -212,7 +212,7 @@ def with_vocabulary(settings, vocab_size):
     return dataclasses.replace(settings, model=settings.model.replace(vocab_size=vocab_size))
 
 
-# ---- types ----------------------------------------------------------------------------------------------------------
+# ---- types -----------------------------------------------------------------------------------------------------------
 
 
 def _require_setting(name, where):
@@ -273,7 +273,7 @@ def _literal(text):
         return text
 
 
-# ---- runs on disk ---------------------------------------------------------------------------------------------------
+# ---- runs on disk ----------------------------------------------------------------------------------------------------
 
 
 def save_sources(settings, folder):
@@ -319,7 +319,16 @@ def load_run(run_folder):
 
 
 # What decides the weights and the order of the data: a resumed run keeps it.
-FIXED_FOR_A_RUN = ("seed", "dataset", "tokenizer", "tokenizer_vocab_size", "variant", "objective", "optimizer")
+FIXED_FOR_A_RUN = (
+    "eval_iters",
+    "seed",
+    "dataset",
+    "tokenizer",
+    "tokenizer_vocab_size",
+    "variant",
+    "objective",
+    "optimizer",
+)
 FOR_ONE_COMMAND = ("resume_step", "eval_only")  # what an earlier command of the run said is not meant for the next
 LENGTHS = ("max_iters", "max_tokens", "epochs")  # giving one takes the place of the one that the run had
 
@@ -354,7 +363,7 @@ def resume(arguments):
     return dataclasses.replace(settings, sources=sources)
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------
+# ---- help ------------------------------------------------------------------------------------------------------------
 
 
 def help_text(usage):

@@ -31,6 +31,9 @@ class Mixer(nn.Module):
     bidirectional = False  # can run with causal=False
     positions = ("none", "learned_absolute")  # position encodings that it can honour
 
+    def check_device(self, device):
+        """Raise UserError where this mixer, as it was configured, cannot train on a torch.device."""
+
     def mixing_flops(self, T):
         """Forward FLOPs per token at context T, beyond those of its nn.Linear weights."""
         raise NotImplementedError
@@ -44,7 +47,10 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def step(self, x, state):
-        """x (B, S, C), the next S tokens (usually one) -> (y (B, S, C), state). Equals `forward`, column by column."""
+        """x (B, S, C), the next S tokens (usually one) -> (y (B, S, C), state). Equals `forward`, column by column.
+
+        The state given may be used up: go on from the one returned.
+        """
         raise NotImplementedError
 
     def state_bytes(self, T, dtype=torch.float32):
@@ -74,7 +80,7 @@ def visible(query_positions, key_positions, causal, window, query_documents=None
     return mask
 
 
-# ---- backends: q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D) ----------------------------------------------
+# ---- backends: q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -> (B, H, Tq, D) --------------------------------------------
 
 
 def _repeat_heads(q, k, v):
@@ -90,7 +96,6 @@ class ManualBackend:
     """The equation, every intermediate in memory."""
 
     soft_cap = True
-    differentiable_on_cpu = True
 
     @staticmethod
     def attend(q, k, v, mask, is_causal, bias, soft_cap, dropout):
@@ -111,7 +116,6 @@ class SDPABackend:
     """torch's scaled_dot_product_attention, which picks its fastest kernel for the device."""
 
     soft_cap = False
-    differentiable_on_cpu = True
 
     @staticmethod
     def attend(q, k, v, mask, is_causal, bias, soft_cap, dropout):
@@ -132,7 +136,6 @@ class FlexBackend:
     """torch's flex_attention: soft cap, bias and mask inside one compiled kernel. Trains on CUDA only."""
 
     soft_cap = True
-    differentiable_on_cpu = False
     _compiled = None
 
     @classmethod
@@ -179,7 +182,7 @@ class Attention(Mixer):
     def __init__(self, config, layer_index):
         super().__init__()
         o = config.options_for(type(self))
-        self.n_head, self.n_kv_head = config.n_head, o.n_kv_head or config.n_head
+        self.n_head, self.n_kv_head = config.n_head, config.n_head if o.n_kv_head is None else o.n_kv_head
         _check(config, o, self.n_kv_head)
         self.head_dim = o.head_dim or config.n_embd // config.n_head
         self.window, self.soft_cap = o.sliding_window, o.attention_soft_cap
@@ -206,7 +209,7 @@ class Attention(Mixer):
             q, k = self.query_norm(q), self.key_norm(k)
         if self.position_encoding is not None:
             q, k = self.position_encoding.rotate(q, positions), self.position_encoding.rotate(k, positions)
-        return q, k, v
+        return q.to(v.dtype), k.to(v.dtype), v  # autocast norms in float32, and a kernel wants one dtype
 
     def bias(self, query_positions, key_positions, dtype):
         if self.position_encoding is None:
@@ -232,6 +235,12 @@ class Attention(Mixer):
 
     def _dropout(self):
         return self.dropout if self.training else 0.0
+
+    def check_device(self, device):
+        if self.backend is FlexBackend and device.type != "cuda":
+            raise UserError(
+                f"attention_backend='flex' trains on CUDA alone and this is {device.type}; use 'sdpa' or 'manual'"
+            )
 
     # -- one token at a time
 
@@ -263,7 +272,7 @@ class Attention(Mixer):
         return {"keys": keys, "values": values, "held": needed, "length": state["length"] + k.size(2)}
 
     def _drop_unseen(self, state):
-        """With a window, forget what the next token cannot see; done when half of the buffer is past, not each token."""
+        """With a window, forget what the next token cannot see; when half of the buffer is past, not each token."""
         keep = self.window - 1
         if not self.window or state["held"] < 2 * self.window:
             return state
@@ -293,6 +302,10 @@ def _check(config, o, n_kv_head):
     """Refuse shapes and pairs of settings that attention cannot honour."""
     if o.head_dim is None and config.n_embd % config.n_head:
         raise UserError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads; change one of them")
+    for name in ("n_kv_head", "head_dim"):
+        value = getattr(o, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1, or None")
     if n_kv_head < 1 or config.n_head % n_kv_head:
         raise UserError(f"n_head={config.n_head} must be a multiple of n_kv_head={n_kv_head}")
     if o.sliding_window < 0:
@@ -300,8 +313,8 @@ def _check(config, o, n_kv_head):
     backend = ATTENTION_BACKEND_REGISTRY[config.attention_backend]
     if o.attention_soft_cap and not backend.soft_cap:
         raise UserError(
-            f"attention_soft_cap={o.attention_soft_cap} cannot be done by attention_backend='{config.attention_backend}';"
-            " use attention_backend='flex' or 'manual'"
+            f"attention_soft_cap={o.attention_soft_cap} cannot be done by "
+            f"attention_backend='{config.attention_backend}'; use attention_backend='flex' or 'manual'"
         )
     if config.attention_backend == "flex" and config.dropout:
         raise UserError(

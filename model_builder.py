@@ -145,6 +145,11 @@ class ConfigurableGPT(nn.Module):
     def _needs_final_norm(self):
         return self.config.norm_position != "post"  # a post-norm block ends in a norm already
 
+    def check_device(self, device):
+        """Refuse a device that a mixer cannot train on, with a UserError."""
+        for block in self.blocks:
+            block.mixer.check_device(device)
+
     def hidden_states(self, idx, positions=None, document_ids=None):
         """idx (B, T) -> (B, T, C), what the head reads."""
         if self.position_embedding is not None and idx.size(1) > self.config.block_size:
@@ -199,7 +204,7 @@ class ConfigurableGPT(nn.Module):
         return self.logits(x), {"length": state["length"] + idx.size(1), "blocks": states}
 
     def context_limit(self):
-        """Tokens that generation may look back on: block_size, or None when every block's state has one size for ever."""
+        """Tokens that generation may look back on: block_size, or None when every block's state has one size."""
         T = 4 * self.config.block_size
         grows = any(block.mixer.state_bytes(T) > block.mixer.state_bytes(T // 4) for block in self.blocks)
         return self.config.block_size if grows or self.position_embedding is not None else None
@@ -237,7 +242,7 @@ def soft_cap(logits, cap):
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """(B, V) -> (B, 1): drawn from the softmax at `temperature`, cut to the top_k likeliest and the nucleus of top_p."""
+    """(B, V) -> (B, 1): drawn from the softmax at `temperature`, cut to the top_k likeliest and to top_p."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
@@ -285,6 +290,10 @@ def unused_options(config):
 # ---- the parameter plan ---------------------------------------------------------------------------------------------
 
 
+class DeclarationError(UserError, TypeError):
+    """A part, perhaps of the user's own, says too little or something untrue about its parameters."""
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """What is to happen to one parameter; initialisation and the optimizer read nothing else."""
@@ -303,7 +312,7 @@ def parameter_plan(model):
     Call it before wrapping: names are those of the bare model.
 
     Raises:
-        TypeError: a parameter that no rule covers, so that nothing is ever initialised by accident.
+        DeclarationError: a parameter that no rule covers, so that nothing is ever initialised by accident.
     """
     declared = _declarations(model)
     plan = []
@@ -324,8 +333,19 @@ def _declarations(model):
     declared = {"no_weight_decay": set(), "own_init": set(), "residual_out": set()}
     for path, module in model.named_modules():
         for kind, names in declared.items():
-            names.update(f"{path}.{name}" if path else name for name in getattr(module, kind, ()))
+            for name in getattr(module, kind, ()):
+                _require_parameter(module, name, kind)
+                names.add(f"{path}.{name}" if path else name)
     return declared
+
+
+def _require_parameter(module, name, kind):
+    """Refuse a misspelt declaration, which would otherwise do nothing, silently."""
+    target = module
+    for word in name.split("."):
+        if not hasattr(target, word):
+            raise DeclarationError(f"{type(module).__name__}.{kind} names '{name}', which it does not have")
+        target = getattr(target, word)
 
 
 def _init_rule(owner, leaf, name, declared):
@@ -339,12 +359,12 @@ def _init_rule(owner, leaf, name, declared):
         return "normal" if leaf == "weight" else "zeros"
     if isinstance(owner, nn.Embedding):
         return "normal"
-    raise TypeError(f"{type(owner).__name__}.{leaf} ({name}) has no initialisation: declare it in `own_init`")
+    raise DeclarationError(f"{type(owner).__name__}.{leaf} ({name}) has no initialisation: declare it in `own_init`")
 
 
 def _group(model, path, owner):
     """Which line of the ledger a parameter belongs to."""
-    if isinstance(owner, Norm) or isinstance(owner, ResidualScale):
+    if isinstance(owner, (Norm, ResidualScale)):
         return "norm"
     words = path.split(".")
     if words[0] == "blocks":

@@ -181,6 +181,8 @@ class RoPE(PositionEncoding):
         self.options = config.options_for(type(self))
         if self.options.rope_scaling not in ("none", "linear", "ntk", "llama3"):
             raise UserError(f"rope_scaling={self.options.rope_scaling!r} must be none, linear, ntk or llama3")
+        if self.options.rope_scaling == "ntk" and head_dim < 4:
+            raise UserError(f"rope_scaling='ntk' needs heads at least 4 wide and these are {head_dim}")
         for name in ("rope_theta", "rope_scaling_factor"):
             if not getattr(self.options, name) > 0:
                 raise UserError(f"{name}={getattr(self.options, name)} must be above 0")
@@ -294,7 +296,7 @@ class StandardFFN(FFN):
 
 
 class GatedFFN(FFN):
-    """down(activation(gate(x)) * up(x)) (Shazeer 2020, eq. 6); 8/3 n_embd wide, it has the weights of a 4x plain FFN."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, eq. 6); at 8/3 n_embd it has the weights of a 4x FFN."""
 
     class Options(FFN.Options):
         ffn_multiplier: float = 8 / 3  # hidden width over n_embd; 8/3 of three matrices equals 4 of two

@@ -94,9 +94,7 @@ class ModelArchitectureConfig:
     dropout: float = 0.0  # on the embedding, attention weights and both branches
 
     # -- blocks
-    block_pattern: str = (
-        "attention"  # mixers tiled over the depth, 'a,b,a'; 'a/none' leaves the FFN out, 'a/swiglu' picks one
-    )
+    block_pattern: str = "attention"  # mixers tiled over the depth; 'a/swiglu' picks an FFN, 'a/none' has none
     parallel_blocks: bool = False  # mixer and FFN read the same norm and are added together (PaLM)
     residual_scaling: str = "none"  # none, depth: branches / sqrt(2 n_layer), learned: a gain per channel (LayerScale)
     causal: bool = True  # a token sees only the tokens before it
@@ -106,7 +104,7 @@ class ModelArchitectureConfig:
     init_std: float = 0.02  # of weights; what writes to the residual stream gets / sqrt(2 n_layer) (GPT-2)
     logit_soft_cap: float = 0.0  # cap * tanh(logits / cap), as in Gemma 2; 0 is off
 
-    # -- what parts declare for themselves
+    # what parts declare for themselves
     part_options: dict = field(default_factory=dict)  # options set away from their defaults
 
     def __post_init__(self):
@@ -128,12 +126,14 @@ class ModelArchitectureConfig:
         options = options_of(part)
         return SimpleNamespace(**{name: self.part_options.get(name, o.default) for name, o in options.items()})
 
+    def pattern(self):
+        """[(mixer name, FFN name or 'none')] of block_pattern, once."""
+        entries = [entry.strip().partition("/") for entry in self.block_pattern.split(",")]
+        return [(mixer, ffn or self.ffn_type) for mixer, _, ffn in entries]
+
     def blocks(self):
         """[(mixer name, FFN name or 'none')] for each layer: block_pattern tiled over n_layer."""
-        pattern = []
-        for entry in self.block_pattern.split(","):
-            mixer, _, ffn = entry.strip().partition("/")
-            pattern.append((mixer, ffn or self.ffn_type))
+        pattern = self.pattern()
         return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
 
     def architecture_name(self):
@@ -187,13 +187,17 @@ class ModelArchitectureConfig:
             raise UserError(f"{path} cannot be read as a model config: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"{path} cannot be read as a model config: it holds no JSON object")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except (TypeError, AttributeError) as error:  # a value of another type
+            raise UserError(f"{path} cannot be read as a model config: {error}") from None
 
 
 _LABELS = {
     "learned_absolute": "Learned", "rope": "RoPE", "alibi": "ALiBi", "none": "NoPos",
     "layernorm": "LN", "layernorm_nobias": "LNnb", "rmsnorm": "RMS",
-    "gelu": "GELU", "gelu_tanh": "GELUtanh", "silu": "SiLU", "relu": "ReLU", "leaky_relu": "LeakyReLU", "relu2": "ReLU2",
+    "gelu": "GELU", "gelu_tanh": "GELUtanh", "silu": "SiLU",
+    "relu": "ReLU", "leaky_relu": "LeakyReLU", "relu2": "ReLU2",
     "swiglu": "SwiGLU", "geglu": "GEGLU",
     "mamba": "Mamba", "mamba2": "Mamba2", "lstm": "LSTM", "gru": "GRU", "rnn": "RNN",
     "pre": "PreNorm", "post": "PostNorm", "sandwich": "SandwichNorm",
@@ -236,7 +240,7 @@ ModelArchitectureConfig.__init__ = _init
 
 
 def validate(config):
-    """Refuse what no model can be; names are checked where registries are filled (importing model_builder fills them)."""
+    """Refuse what no model can be; names are checked once registries are filled (by model_builder)."""
     for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -254,7 +258,7 @@ def validate(config):
         raise UserError("parallel_blocks=True needs one norm before both branches; norm_position='post' has none there")
     for setting in ("normalization", "activation", "position_encoding", "attention_backend"):
         _check_registered(setting, getattr(config, setting))
-    for mixer, ffn in config.blocks():
+    for mixer, ffn in config.pattern():
         _check_registered("mixer", mixer, "block_pattern")
         if ffn != "none":
             _check_registered("ffn_type", ffn)

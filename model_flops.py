@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from model_builder import ConfigurableGPT, on_meta, parameter_plan
+from kernels import cpu_linear
+from model_builder import ConfigurableGPT, ResidualScale, on_meta, parameter_plan
 from model_components import Norm
 
 CONVENTION = (
@@ -93,7 +94,7 @@ def flops_per_token(model, context=None):
             group = path.split(".")[2] if path.startswith("blocks.") else path
             linear[group] = linear.get(group, 0.0) + 2 * module.in_features * module.out_features * fraction
             vectors += 2 * module.out_features * fraction if module.bias is not None else 0
-        elif isinstance(module, Norm):
+        elif isinstance(module, (Norm, ResidualScale)):
             vectors += 2 * sum(parameter.numel() for parameter in module.parameters())
     mixing = {}
     for (name, _), block in zip(model.config.blocks(), model.blocks, strict=True):
@@ -113,16 +114,18 @@ def state_bytes(model, context, dtype=torch.float32):
     return sum(block.mixer.state_bytes(context, dtype) for block in model.blocks)
 
 
-def training_memory_bytes(model, n_sequences, dtype=torch.float32):
+def training_memory_bytes(model, n_sequences, dtype=torch.float32, logits_held=2**24):
     """An estimate of training memory: {'weights', 'gradients', 'optimizer', 'activations'} in bytes.
 
     Weights, gradients and two moments are float32. Activations are what a plain backward keeps: about 16 C per token
-    and layer for the norms, projections and an FFN of 4 C, and two sets of logits; attention is taken as fused.
+    and layer for the norms, projections and an FFN of 4 C; attention is taken as fused. Two sets of logits are float32,
+    at most `logits_held` elements each, as the loss works in chunks.
     """
     config = model.config
     n = sum(parameter.numel() for parameter in model.parameters())
-    per_token = 16 * config.n_embd * config.n_layer + 2 * model.head.out_features
-    activations = n_sequences * config.block_size * per_token * dtype.itemsize
+    tokens = n_sequences * config.block_size
+    logits = 2 * 4 * min(tokens * model.head.out_features, logits_held)
+    activations = tokens * 16 * config.n_embd * config.n_layer * dtype.itemsize + logits
     return {"weights": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "activations": activations}
 
 
@@ -211,14 +214,15 @@ def hardware_peak(device, precision):
 
 
 def measured_peak(device, precision, n=1024, seconds=0.4):
-    """FLOP/s of the fastest of the n x n matrix products that fit into about `seconds`."""
+    """FLOP/s of the fastest of the n x n matrix products that fit into about `seconds`, by the fastest library here."""
     dtype = getattr(torch, {"tf32": "float32"}.get(precision, precision))
-    n = 4 * n if device.type == "cuda" else n
+    n = n if device.type == "cpu" else 4 * n
+    multiply = cpu_linear.linear if cpu_linear.is_faster_here(device) and cpu_linear.equals_plain() else torch.matmul
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best, t_end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < t_end or best == float("inf"):
         t0 = time.perf_counter()
-        a @ b
+        multiply(a, b)
         synchronize(device)
         best = min(best, time.perf_counter() - t0)
     return 2 * n**3 / best

@@ -11,6 +11,7 @@ A part may declare options of its own: an inner `class Options:` with typed defa
 settings (`--d_state=32`), so that adding a part edits no list anywhere.
 """
 
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +48,9 @@ class Registry(dict):
         return register
 
     def __setitem__(self, name, part):
-        if name in self and self[name] is not part:
-            if getattr(self[name], "__module__", None) != CONFIG_FILE_MODULE:
-                raise UserError(f"{self.setting} '{name}' is already registered; give the new part another name")
+        taken = name in self and self[name] is not part
+        if taken and getattr(self[name], "__module__", None) != CONFIG_FILE_MODULE:
+            raise UserError(f"{self.setting} '{name}' is already registered; give the new part another name")
         super().__setitem__(name, part)
 
     def __missing__(self, name):
@@ -74,7 +75,7 @@ def options_of(part, part_name="", of="model"):
         declared = vars(base).get("Options")
         if declared is None:
             continue
-        annotations = vars(declared).get("__annotations__", {})
+        annotations = typing.get_type_hints(declared)  # a file may hold them as strings
         for name, default in vars(declared).items():
             if not name.startswith("_"):
                 options[name] = PartOption(part_name, of, default, annotations.get(name, type(default)))

@@ -1,6 +1,6 @@
 """Write text with a trained model.
 
-    python sample.py --run_name=NAME                                             # what the run's latest checkpoint writes
+    python sample.py --run_name=NAME                                           # what the run's latest checkpoint writes
     python sample.py --run_name=NAME --start="def main(" --num_samples=3
     python sample.py --run_name=NAME --start=FILE:prompt.txt --temperature=0.8 --top_k=50 --step=5000
 
@@ -19,7 +19,7 @@ from model_builder import ConfigurableGPT
 from training_parallel import find_place
 from training_report import printable
 from training_tokenizers import load_tokenizer
-from user_errors import UserError, exit_on_user_error
+from user_errors import Parser, UserError, exit_on_user_error
 
 
 @exit_on_user_error
@@ -49,7 +49,7 @@ def main(arguments):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run_name", required=True, help="folder under runs_dir")
     parser.add_argument("--runs_dir", default="runs")
     parser.add_argument("--step", type=int, help="which checkpoint; the latest by default")
@@ -62,9 +62,15 @@ def parse(arguments):
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(arguments)
+    name = Path(args.run_name).name
+    if not name or name != args.run_name:
+        hint = f", such as {name}" if name else ""
+        raise UserError(f"--run_name={args.run_name} must be the name of a folder in --runs_dir={args.runs_dir}{hint}")
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         if not getattr(args, name) >= least:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed={args.seed} must be below 2**63")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top_p={args.top_p} must lie in (0, 1]")
     return args

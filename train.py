@@ -25,12 +25,13 @@ T_START = time.perf_counter()
 import torch  # noqa: E402
 
 import configurator  # noqa: E402
+import kernels  # noqa: E402
 import training_checkpoint as checkpoint  # noqa: E402
 import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
 from model_builder import ConfigurableGPT, parameter_plan, unused_options  # noqa: E402
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
-from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset  # noqa: E402
+from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
 from training_ledger import Ledger  # noqa: E402
 from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, validation_scores  # noqa: E402
 from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
@@ -42,12 +43,12 @@ from user_errors import UserError, exit_on_user_error  # noqa: E402
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         return print(configurator.help_text(__doc__))
-    with contextlib.ExitStack() as closing:  # however a run ends, what it opened is closed
+    with parallel.memory_errors(), contextlib.ExitStack() as closing:  # however a run ends, what it opened is closed
         train(arguments, closing)
 
 
 def train(arguments, closing):
-    # ---- settings, and where to run ------------------------------------------------------------------------------------
+    # ---- settings, and where to run ----------------------------------------------------------------------------------
     settings = configurator.read_settings(arguments)
     config = settings.train
     is_resumed = config.init_from == "resume"
@@ -55,28 +56,30 @@ def train(arguments, closing):
     closing.callback(parallel.leave_place, place)
     torch.manual_seed(config.seed)  # for what a part may draw by itself: weights and data have seeds of their own
 
-    # ---- data: the same tokens in the same order for every architecture ----------------------------------------------------
+    # ---- data: the same tokens in the same order for every architecture ----------------------------------------------
     check_split(config.sequences_per_step, config.batch_size, place.world_size)
     dataset = load_dataset(config, may_prepare=place.local_rank == 0, quiet=not place.is_main)
     settings = configurator.with_vocabulary(settings, dataset.vocab_size)
     dataset.check_vocab(settings.model.vocab_size)
     block_size = settings.model.block_size
     stream = BatchStream(dataset, block_size, config.sequences_per_step, config.seed)
-    validation = ValidationSet(dataset, block_size, config.eval_iters * config.sequences_per_step or None)
+    validation = ValidationSet(dataset, block_size, windows_of(config.eval_iters, block_size))
     total_steps = config.total_steps(stream.tokens_per_step, stream.steps_per_epoch)
 
-    # ---- model, objective, optimizer ------------------------------------------------------------------------------------------
+    # ---- model, objective, optimizer ---------------------------------------------------------------------------------
     model = ConfigurableGPT(settings.model, config.seed)
     plan = parameter_plan(model)
     flops = flops_per_token(model)
     ledger = Ledger(stream.tokens_per_step, flops.training, stream.initial_hash)
+    model.check_device(place.device)
     model.to(place.device)
+    chosen_kernels = kernels.choose(model, place.device, config.kernel_backend)
     objective = OBJECTIVE_REGISTRY[config.objective](model, config)
     optimizers = OPTIMIZER_REGISTRY[config.optimizer](plan, dict(model.named_parameters()), config, place.device)
     schedule = build_schedule(config, total_steps)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == "float16")
 
-    # ---- the run folder, new or taken up again ----------------------------------------------------------------------------------
+    # ---- the run folder, new or taken up again -----------------------------------------------------------------------
     if is_resumed:
         folder = Path(config.runs_dir) / config.run_name
         saved_at = checkpoint.find_checkpoint(folder, config.resume_step)
@@ -84,32 +87,30 @@ def train(arguments, closing):
         checkpoint.load_model(model, saved_at)
         saved = checkpoint.load_training_state(saved_at)
         if saved["stream"] != stream.initial_hash:
-            raise UserError(
-                f"run '{config.run_name}' was trained on other tokens than {dataset.folder} holds; restore it, or start a new run"
-            )
+            raise UserError(f"run '{folder.name}' was trained on other tokens than {dataset.folder} has; restore those")
         checkpoint.restore_optimizers(optimizers, saved["optimizers"], saved_at)
         scaler.load_state_dict(saved["scaler"])
         ledger.restore(saved["ledger"], logging.read_metrics(folder / "metrics.jsonl"))
         if ledger.step >= total_steps and not config.eval_only:
-            raise UserError(
-                f"run '{config.run_name}' is at step {ledger.step} of {total_steps}; to go on, raise --max_iters"
-            )
+            length = f"step {ledger.step} of {total_steps}; to go on, raise --{config.length_setting}"
+            raise UserError(f"run '{folder.name}' is at {length}")
     else:
         folder = logging.new_run_folder(settings, dataset.name)
 
-    # ---- compile, then distribute ---------------------------------------------------------------------------------------------
+    # ---- compile, then distribute ------------------------------------------------------------------------------------
     module, compiled = objective, "off"
     if parallel.wants_compile(config, place):
         module, compiled = parallel.compile_module(objective, stream.batches(0, 0, 1, config.batch_size)[0], place)
     module = parallel.wrap(module, place)
 
-    # ---- say what is about to happen --------------------------------------------------------------------------------------------
+    # ---- say what is about to happen ---------------------------------------------------------------------------------
     peak = hardware_peak(place.device, place.precision)
     resolved = {
         "device": str(place.device), "device_name": place.device_name(), "world_size": place.world_size,
         "dtype": place.dtype, "tf32": place.tf32, "compile": compiled, "threads": torch.get_num_threads(),
-        "kernels": {"attention": settings.model.attention_backend}, "max_iters": total_steps,
-        "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second, "peak_source": peak.source,
+        "kernels": chosen_kernels, "max_iters": total_steps,
+        "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second,
+        "peak_source": peak.source,
     }  # fmt: skip
     command = " ".join(["python", "train.py", *map(shlex.quote, arguments)])
     log = logging.SilentLogger()
@@ -137,12 +138,11 @@ def train(arguments, closing):
         random_states = parallel.gather(checkpoint.random_state(place.device), place)
         if place.is_main and not (folder / f"checkpoint-{ledger.step}").exists():
             state = {
-                "ledger": ledger.state(), "optimizers": checkpoint.optimizer_state(optimizers), "scaler": scaler.state_dict(),
-                "stream": stream.initial_hash, "random_states": random_states,
+                "ledger": ledger.state(), "optimizers": checkpoint.optimizer_state(optimizers),
+                "scaler": scaler.state_dict(), "stream": stream.initial_hash, "random_states": random_states,
             }  # fmt: skip
-            checkpoint.save_checkpoint(
-                folder, model, state, logging.metadata_record(settings, folder.name, ledger, stream)
-            )
+            metadata = logging.metadata_record(settings, folder.name, ledger, stream)
+            checkpoint.save_checkpoint(folder, model, state, metadata)
             saved_steps = {step for step, _ in checkpoint.list_checkpoints(folder)}
             checkpoint.prune(folder, config.keep_checkpoints, {ledger.best(saved_steps).get("step")})
 
@@ -160,7 +160,7 @@ def train(arguments, closing):
     if config.eval_only:
         return evaluate()
 
-    # ---- the loop -----------------------------------------------------------------------------------------------------------------
+    # ---- the loop ----------------------------------------------------------------------------------------------------
     to_evaluate = checkpoint.evaluation_steps(total_steps, config.eval_interval)
     to_save = checkpoint.checkpoint_steps(total_steps, config.save_interval)
     parameters = list(model.parameters())
@@ -171,29 +171,21 @@ def train(arguments, closing):
         log.write_summary(ledger.summary())
         if ledger.step in to_evaluate and not ledger.evaluated_at(ledger.step):
             evaluate()  # the run stopped between saving and evaluating
-    loader = closing.enter_context(
-        Prefetcher(
-            stream,
-            ledger.step,
-            total_steps,
-            config.batch_size,
-            config.prefetch_batches,
-            place.rank,
-            place.world_size,
-            place.device,
-        )
-    )
+    loader = closing.enter_context(Prefetcher(
+        stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches, place.rank, place.world_size,
+        place.device,
+    ))  # fmt: skip
     stop = closing.enter_context(checkpoint.StopSignals())
     in_a_row = 0
     t_loop, first_step = time.perf_counter(), ledger.step
-    since_log = {"steps": 0, "seconds": 0.0, "wait": 0.0}
+    logged_at, since_log, waited = ledger.step, 0.0, 0.0
 
     while ledger.step < total_steps:
         t0 = time.perf_counter()
         micro_batches, wait = loader.next()
         learning_rate = set_learning_rate(optimizers, schedule(ledger.step))
 
-        # The loss of a step is one mean over all its supervised tokens, however they are split into micro-batches and ranks.
+        # The loss of a step is one mean over its supervised tokens, however they are split into micro-batches and ranks
         n_tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in micro_batches)
         n_tokens = parallel.sum_over_ranks(n_tokens, place)
         nats = 0.0
@@ -228,21 +220,18 @@ def train(arguments, closing):
         ledger.stream_hash = stream.hash_after(ledger.step - 1, ledger.stream_hash)
         ledger.non_finite_steps += not is_finite
         in_a_row = 0 if is_finite else in_a_row + 1
-        since_log = {
-            "steps": since_log["steps"] + 1,
-            "seconds": since_log["seconds"] + seconds,
-            "wait": since_log["wait"] + wait,
-        }
+        since_log, waited = since_log + seconds, waited + wait
 
         # -- log, save, evaluate: in this order, so that a crash in an evaluation loses nothing
         is_last = ledger.step == total_steps
         if is_last or stats or ledger.step % config.log_interval == 0 or ledger.step == first_step + 1:
-            speed = stream.tokens_per_step * since_log["steps"] / since_log["seconds"]
+            seconds = since_log / (ledger.step - logged_at)
+            speed = stream.tokens_per_step / seconds
             row = {
                 "kind": "train", "step": ledger.step, "tokens_processed": ledger.tokens_processed, "loss": loss,
-                "learning_rate": learning_rate, "grad_norm": grad_norm, "seconds": since_log["seconds"] / since_log["steps"],
+                "learning_rate": learning_rate, "grad_norm": grad_norm, "seconds": seconds,
                 "tokens_per_second": speed, "mfu": mfu(flops.training, speed, peak, place.world_size),
-                "data_wait": since_log["wait"] / since_log["seconds"], "train_seconds": ledger.train_seconds,
+                "data_wait": waited / since_log, "train_seconds": ledger.train_seconds,
                 "epoch": stream.epoch(ledger.step), "non_finite_steps": ledger.non_finite_steps,
                 "peak_memory_bytes": parallel.peak_memory_bytes(place), **stats,
             }  # fmt: skip
@@ -250,12 +239,13 @@ def train(arguments, closing):
                 ledger.speeds.append(speed)
             eta = (time.perf_counter() - t_loop) / (ledger.step - first_step) * (total_steps - ledger.step)
             log.train(row, eta)
-            since_log = {"steps": 0, "seconds": 0.0, "wait": 0.0}
+            logged_at, since_log, waited = ledger.step, 0.0, 0.0
         if in_a_row >= config.max_non_finite_steps:
             save()
             raise UserError(
-                f"loss or gradient was not finite {in_a_row} steps in a row, to step {ledger.step}; lower learning_rate={config.learning_rate} "
-                f"and continue with --init_from=resume --run_name={folder.name}, or raise max_non_finite_steps={config.max_non_finite_steps}"
+                f"loss or gradient was not finite {in_a_row} steps in a row, to step {ledger.step}; lower "
+                f"learning_rate={config.learning_rate} and continue with --init_from=resume --run_name={folder.name}, "
+                f"or raise max_non_finite_steps={config.max_non_finite_steps}"
             )
         if ledger.step in to_save:
             save()
@@ -267,11 +257,11 @@ def train(arguments, closing):
             evaluate()
             log.write_summary(ledger.summary())
 
-    # ---- the end ------------------------------------------------------------------------------------------------------------------
+    # ---- the end -----------------------------------------------------------------------------------------------------
     if ledger.status == "interrupted":
-        return log.say(
-            f"stopped by {stop.name or 'another rank'} at step {ledger.step}; continue with --init_from=resume --run_name={folder.name}"
-        )
+        who = stop.name or "another rank"
+        how = f"--init_from=resume --run_name={folder.name}"
+        return log.say(f"stopped by {who} at step {ledger.step}; continue with {how}")
     ledger.status = "finished"
     if config.sample_tokens:
         log.sample(model, dataset, config.sample_tokens, config.seed)

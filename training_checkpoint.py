@@ -6,6 +6,7 @@ runs/<name>/checkpoint-5000/
   metadata.json         step, token counters, both configs, checksums
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,11 +25,11 @@ from user_errors import UserError
 FORMAT = 1
 
 
-# ---- when -------------------------------------------------------------------------------------------------------------
+# ---- when ------------------------------------------------------------------------------------------------------------
 
 
 def evaluation_steps(total_steps, interval, halvings=3):
-    """Steps to evaluate after: multiples of the interval, its last few halvings before it (early learning is fast), the end."""
+    """Steps to evaluate after: multiples of the interval, before it its halvings (early learning is fast), the end."""
     early = {interval // 2**power for power in range(1, halvings + 1)} - {0}
     regular = range(interval, total_steps + 1, interval)
     return {step for step in {*early, *regular, total_steps} if step <= total_steps}
@@ -39,7 +40,7 @@ def checkpoint_steps(total_steps, interval):
     return {*(range(interval, total_steps + 1, interval) if interval else ()), total_steps}
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path, data):
@@ -83,9 +84,8 @@ def save_checkpoint(run_folder, model, training_state, metadata):
         os.replace(temporary, target)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what the libraries make of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{target} could not be written ({error}); make room on the disk, then --init_from=resume"
-        ) from error
+        remedy = "make room on the disk, then --init_from=resume"
+        raise UserError(f"{target} could not be written ({error}); {remedy}") from error
     _sync(target.parent)
     return target
 
@@ -132,11 +132,14 @@ def prune(run_folder, keep, always_keep=()):
     folders = list_checkpoints(run_folder)
     for step, folder in folders[:-keep] if keep else []:
         if step not in always_keep:
-            shutil.rmtree(folder)
+            leaving = folder.with_name(f".{folder.name}.tmp")  # renamed first: a folder that exists is whole
+            with contextlib.suppress(OSError):  # held open by another program: it stays until the next time
+                os.replace(folder, leaving)
+                shutil.rmtree(leaving, ignore_errors=True)
 
 
 def set_aside(run_folder, step):
-    """Rename checkpoints after `step`, which a run that goes on from there will write anew, to `abandoned-checkpoint-N`."""
+    """Rename checkpoints after `step` to `abandoned-checkpoint-N`: a run that goes on from there writes its own."""
     for later, folder in list_checkpoints(run_folder):
         if later > step:
             aside = folder.with_name(f"abandoned-{folder.name}")
@@ -144,16 +147,13 @@ def set_aside(run_folder, step):
             os.replace(folder, aside)
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(run_folder):
     """[(step, folder)] of a run, earliest first."""
-    found = []
-    for folder in Path(run_folder).glob("checkpoint-*"):
-        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-            found.append((int(match[1]), folder))
-    return sorted(found)
+    folders = Path(run_folder).glob("checkpoint-*")
+    return sorted((int(folder.name[11:]), folder) for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name))
 
 
 def find_checkpoint(run_folder, step=None):
@@ -171,9 +171,8 @@ def find_checkpoint(run_folder, step=None):
     if step is None:
         return found[max(found)]
     if step not in found:
-        raise UserError(
-            f"run {run_folder} has no checkpoint at step {step}; it has {', '.join(map(str, sorted(found)))}"
-        )
+        steps = ", ".join(map(str, sorted(found)))
+        raise UserError(f"run {run_folder} has no checkpoint at step {step}; it has {steps}")
     return found[step]
 
 
@@ -217,8 +216,8 @@ def load_model(model, folder):
     except (OSError, SafetensorError) as error:
         raise _corrupt(folder, f"model.safetensors cannot be read ({error})") from None
     own = model.state_dict()
-    for name in own.keys() & tensors.keys():
-        if own[name].shape != tensors[name].shape:
+    for name in own:
+        if name in tensors and own[name].shape != tensors[name].shape:
             raise UserError(
                 f"checkpoint {folder} is of another architecture: {name} is {tuple(tensors[name].shape)} there "
                 f"and {tuple(own[name].shape)} here"
@@ -267,7 +266,7 @@ def restore_random_state(state, device):
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-# ---- leaving --------------------------------------------------------------------------------------------------------------
+# ---- leaving ---------------------------------------------------------------------------------------------------------
 
 
 class StopSignals:

@@ -65,11 +65,12 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler); auto is float32 on CPU
     tf32: bool = True  # let CUDA multiply float32 matrices in TF32
     compile: bool | str = "auto"  # torch.compile; auto is on for CUDA and off elsewhere
+    kernel_backend: str = "auto"  # auto: fast paths that pass a check against the plain ones at start; plain: none
     threads: int = 0  # CPU threads; 0 leaves torch's choice
 
     # -- evaluation
     eval_interval: int = 250  # steps between evaluations; a few more come early, at halvings of this
-    eval_iters: int = 20  # validation windows, in steps' worth of sequences, the same every time; 0 is the whole split
+    eval_iters: int = 4  # size of the validation set, in units of 16,384 tokens; 0 is the whole split
     eval_only: bool = False  # evaluate once and leave
     sample_tokens: int = 200  # length of the sample of text at the end; 0 for none
 
@@ -86,7 +87,7 @@ class TrainConfig:
     wandb_run_name: str | None = None  # None is the run's name
     plot: bool = True  # draw the loss at the end
 
-    # -- what parts declare for themselves
+    # what parts declare for themselves
     part_options: dict = field(default_factory=dict)  # options of the optimizer, schedule and objective
 
     def __post_init__(self):
@@ -114,6 +115,11 @@ class TrainConfig:
         if self.epochs is not None:
             return max(1, math.ceil(self.epochs * steps_per_epoch))
         return self.max_iters
+
+    @property
+    def length_setting(self):
+        """The name of the setting that decides how long the run is."""
+        return next((name for name in ("max_tokens", "epochs") if getattr(self, name) is not None), "max_iters")
 
     def options_for(self, part):
         """Namespace of `part`'s own options: its defaults, under what the user set."""
@@ -156,10 +162,12 @@ def validate(config):
             raise UserError(f"{name}={value} must be above 0, or None")
     if config.checkpoint_interval is not None and config.checkpoint_interval < 0:
         raise UserError(f"checkpoint_interval={config.checkpoint_interval} must be 0 or more, or None")
-    if config.min_lr is not None and config.min_lr > config.learning_rate:
-        raise UserError(
-            f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}; lower it, or leave it None"
-        )
+    for name, most in (("seed", 2**63), ("threads", 1024)):
+        if getattr(config, name) > most:
+            raise UserError(f"{name}={getattr(config, name)} must be at most {most}")
+    if config.min_lr is not None and not 0 <= config.min_lr <= config.learning_rate:
+        where = "below 0" if config.min_lr < 0 else f"above learning_rate={config.learning_rate}"
+        raise UserError(f"min_lr={config.min_lr} is {where}; choose one between, or leave it None")
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} must be a finite number")
@@ -181,7 +189,7 @@ def validate(config):
         if getattr(config, name) not in allowed:
             value, words = getattr(config, name), [str(choice) for choice in allowed]
             raise UserError(f"{name}={value!r} must be one of {', '.join(words)}{did_you_mean(value, words)}")
-    if config.run_name is not None and (not config.run_name.strip() or set(config.run_name) & set('/\\:*?"<>|')):
+    if config.run_name is not None and (not config.run_name.strip(" .") or set(config.run_name) & set('/\\:*?"<>|')):
         raise UserError(f'run_name={config.run_name!r} must be a plain folder name without / \\ : * ? " < > |')
     if config.init_from == "resume" and config.run_name is None:
         raise UserError("init_from=resume needs run_name=NAME, the run to continue")

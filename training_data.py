@@ -268,10 +268,19 @@ def window_batch(tokens, starts, block_size):
 
 def on_device(batch, device):
     """A batch's tensors on a device; from pinned memory the copy does not wait."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    # Pinned memory alone: an unpinned tensor can be freed, and reused, before MPS has copied it
+    return {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in batch.items()}
 
 
 # -- validation
+
+
+EVAL_ITER_TOKENS = 2**14  # what one of eval_iters stands for; not a batch, so that no batch size changes the set
+
+
+def windows_of(eval_iters, block_size):
+    """Validation windows that eval_iters asks for, None for the whole split."""
+    return -(-eval_iters * EVAL_ITER_TOKENS // block_size) or None
 
 
 class ValidationSet:

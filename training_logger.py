@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from user_errors import UserError
 FORMAT = 1
 
 
-# ---- the run folder -----------------------------------------------------------------------------------------------------
+# ---- the run folder --------------------------------------------------------------------------------------------------
 
 
 def new_run_folder(settings, dataset_name):
@@ -42,14 +43,12 @@ def new_run_folder(settings, dataset_name):
         folder = Path(config.runs_dir) / config.run_name
         if folder.exists():
             raise UserError(
-                f"run_name='{config.run_name}' exists in {config.runs_dir}; continue it with --init_from=resume, or choose another name"
+                f"run_name='{config.run_name}' exists in {config.runs_dir}; continue it with --init_from=resume, "
+                "or choose another name"
             )
         return folder
-    what = (
-        model.arch_preset
-        if model.arch_preset != "custom"
-        else "+".join(dict.fromkeys(mixer for mixer, _ in model.blocks()))
-    )
+    mixers = dict.fromkeys(mixer for mixer, _ in model.blocks())
+    what = model.arch_preset if model.arch_preset != "custom" else "+".join(mixers)
     shape = model.model_size or f"{model.n_layer}x{model.n_embd}"
     name = f"{what}-{shape}-{dataset_name}-s{config.seed}"
     folder, copy = Path(config.runs_dir) / name, 1
@@ -78,7 +77,7 @@ def git_state():
         return {"commit": None, "dirty": None}
 
 
-# ---- while it runs --------------------------------------------------------------------------------------------------------
+# ---- while it runs ---------------------------------------------------------------------------------------------------
 
 
 class SilentLogger:
@@ -117,12 +116,13 @@ class ConsoleLogger(SilentLogger):
     def train(self, row, eta_seconds):
         """Show a training row; on a terminal the line is overwritten by the next."""
         line = (
-            f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  loss {row['loss']:.4f}"
-            f"  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {human_count(row['tokens_per_second'])} tok/s"
+            f"{self._step(row)}  loss {row['loss']:.4f}  {human_count(row['tokens_per_second'])} tok/s"
             f"  MFU {100 * row['mfu']:.1f}%  ETA {human_seconds(eta_seconds)}"
+            f"  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}"
         )
         if self.is_terminal:
             self._clear()
+            line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be overwritten
             print(line, end="", flush=True)
             self.width = len(line)
         else:
@@ -132,8 +132,13 @@ class ConsoleLogger(SilentLogger):
         """Show an evaluation row."""
         bits = "" if row["bits_per_byte"] is None else f"  {row['bits_per_byte']:.4f} bits/byte"
         mark = "  best so far" if is_best else ""
-        self.say(f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  val {row['val_loss']:.4f}"
-                 f"  perplexity {row['perplexity']:.2f}{bits}  {human_count(row['tokens_processed'])} tokens{mark}")  # fmt: skip
+        self.say(
+            f"{self._step(row)}  val {row['val_loss']:.4f}  perplexity {row['perplexity']:.2f}{bits}"
+            f"  {human_count(row['tokens_processed'])} tokens{mark}"
+        )
+
+    def _step(self, row):
+        return f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}"
 
     def _clear(self):
         if self.width:
@@ -160,18 +165,15 @@ class RunLogger(ConsoleLogger):
         try:
             self.folder.mkdir(parents=True, exist_ok=is_resumed)
         except FileExistsError:
-            raise UserError(
-                f"{folder} was made by another process meanwhile; start again under another run_name"
-            ) from None
+            raise UserError(f"{folder} was made by another process meanwhile; choose another run_name") from None
         except OSError as error:
-            raise UserError(
-                f"runs_dir={settings.train.runs_dir!r} cannot hold run folders ({error.strerror}); choose another"
-            ) from None
+            runs_dir = settings.train.runs_dir
+            raise UserError(f"runs_dir={runs_dir!r} cannot hold runs ({error.strerror}); choose another") from None
         save_sources(settings, self.folder / "config")
         write_json(self.folder / TOKENIZER_FILE, dataset.meta["tokenizer"])
         write_json(self.folder / "config.json", finite(record | earlier_sessions(self.folder)))
         self.metrics_path = self.folder / "metrics.jsonl"
-        self.file = open(self.metrics_path, "a", encoding="utf-8", newline="\n")
+        self.file = open(self.metrics_path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - `finish` closes it
         self.sinks = _sinks(settings.train, self.folder)
 
     def record(self, row):
@@ -194,10 +196,9 @@ class RunLogger(ConsoleLogger):
         if dataset.meta["tokenizer"]["name"] is None:
             return self.say("no sample: the dataset's tokenizer is unknown")
         prompt = torch.from_numpy(dataset.val[:16].astype("int64"))[None].to(model.head.weight.device)
-        ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=seeded_like(prompt, seed))[
-            0
-        ].tolist()
-        text = dataset.tokenizer.decode(ids)
+        generator = torch.Generator(device=prompt.device).manual_seed(seed)
+        ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=generator)
+        text = dataset.tokenizer.decode(ids[0])
         (self.folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.say(f"\n{printable(text)}\n")
 
@@ -219,11 +220,6 @@ class RunLogger(ConsoleLogger):
             plot_loss(self.folder / "plots" / "loss.png", rows, config["run_name"])
 
 
-def seeded_like(tensor, seed):
-    """A generator on the tensor's device."""
-    return torch.Generator(device=tensor.device).manual_seed(seed)
-
-
 def finite(value):
     """`value` with NaN and infinities as None, which is what JSON has."""
     if isinstance(value, dict):
@@ -233,24 +229,24 @@ def finite(value):
     return value
 
 
-# ---- files made from metrics.jsonl ------------------------------------------------------------------------------------------
+# ---- files made from metrics.jsonl -----------------------------------------------------------------------------------
 
 
 def read_metrics(path):
     """Rows of metrics.jsonl, none where there is no file; a last line cut short by a crash is left out."""
-    rows = []
-    if not Path(path).exists():
-        return rows
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def rewind_metrics(folder, step):
-    """Keep the rows logged up to `step`; what came after, which a resumed run lives again, moves to metrics_abandoned.jsonl."""
+    """Keep the rows logged up to `step`; those after it, which will be lived again, move to metrics_abandoned.jsonl."""
     path = Path(folder) / "metrics.jsonl"
     kept, dropped = [], []
     for row in read_metrics(path):
@@ -295,13 +291,13 @@ def plot_loss(path, rows, title):
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for kind, key, style in (
-        ("train", "loss", dict(color="#9aa5b1", lw=1)),
-        ("eval", "val_loss", dict(color="#0b6e99", lw=1.8, marker="o", ms=3.5)),
+    for kind, key, label, style in (
+        ("train", "loss", "training step", dict(color="#9aa5b1", lw=1)),
+        ("eval", "val_loss", "validation", dict(color="#0b6e99", lw=1.8, marker="o", ms=3.5)),
     ):
         points = [(row["tokens_processed"], row[key]) for row in rows if row["kind"] == kind and row[key] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label={"train": "training step", "eval": "validation"}[kind], **style)
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="tokens processed", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value) if value else "0")
     axes.grid(alpha=0.25)
@@ -311,7 +307,7 @@ def plot_loss(path, rows, title):
     figure.savefig(path, dpi=140)
 
 
-# ---- sinks --------------------------------------------------------------------------------------------------------------------
+# ---- sinks -----------------------------------------------------------------------------------------------------------
 
 
 def _sinks(config, folder):
@@ -363,16 +359,26 @@ def import_wandb():
     return wandb
 
 
+def wandb_mode(wandb):
+    """None where WANDB_MODE or a login decides, else 'offline'."""
+    if "WANDB_MODE" in os.environ:
+        return None
+    try:
+        return None if wandb.login(prompt=False) else "offline"
+    except Exception as error:  # a key that is refused, or no network: neither is worth a run
+        print(f"Weights & Biases is offline ({error}); `wandb sync` uploads the run later", flush=True)
+        return "offline"
+
+
 class WandbSink:
     """Weights & Biases, offline when nobody is logged in; curves against steps, with tokens to choose as the x axis."""
 
     def __init__(self, config, folder):
         wandb = import_wandb()
-        has_login = bool(wandb.api.api_key) or "WANDB_MODE" in os.environ
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.run = wandb.init(
             project=config.wandb_project, name=config.wandb_run_name or folder.name, dir=str(folder), config=settings,
-            mode=None if has_login else "offline",
+            mode=wandb_mode(wandb),
         )  # fmt: skip
         self.run.define_metric("step")
         self.run.define_metric("tokens_processed")
@@ -389,7 +395,7 @@ class WandbSink:
         self.run.finish()
 
 
-# ---- records ------------------------------------------------------------------------------------------------------------------
+# ---- records ---------------------------------------------------------------------------------------------------------
 
 
 def layer_stats(model):
@@ -440,6 +446,7 @@ def earlier_sessions(folder):
         return {}
     before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     session = {name: before[name] for name in ("created", "command", "git", "versions", "resolved")}
+    session["training_config"] = before.get("training_config")
     return {"earlier_sessions": [*before.get("earlier_sessions", []), session]}
 
 

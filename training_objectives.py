@@ -17,6 +17,7 @@ from model_builder import IGNORE_INDEX, soft_cap
 from registry import Registry
 from training_data import bits_per_byte
 from training_parallel import sum_over_ranks
+from user_errors import UserError
 
 OBJECTIVE_REGISTRY = Registry("objective", of="train")
 
@@ -41,6 +42,11 @@ class Objective(nn.Module):
 class CausalLM(Objective):
     """Next-token cross-entropy in nats, and z_loss * log(Z)^2 where asked (PaLM, section 5)."""
 
+    def __init__(self, model, config):
+        super().__init__(model, config)
+        if not model.config.causal:
+            raise UserError("objective='causal_lm' predicts the next token, and causal=False lets the model see it")
+
     def forward(self, batch):
         hidden = self.model.hidden_states(batch["inputs"], batch.get("positions"), batch.get("document_ids"))
         loss, nats = linear_cross_entropy(
@@ -55,7 +61,7 @@ def supervised_tokens(batch):
     return (batch["targets"] != IGNORE_INDEX).sum()
 
 
-# ---- cross-entropy of a linear head ---------------------------------------------------------------------------------
+# ---- cross-entropy of a linear head ----------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(hidden, weight, targets, cap=0.0, z_loss=0.0, chunk_elements=2**24):
@@ -73,6 +79,8 @@ def linear_cross_entropy(hidden, weight, targets, cap=0.0, z_loss=0.0, chunk_ele
     """
     if hidden.size(0) * weight.size(0) <= chunk_elements:
         return _whole(hidden, weight, targets, cap, z_loss)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # so that the chunks take no gradients in passing
     rows = max(1, chunk_elements // weight.size(0))
     return ChunkedLinearCrossEntropy.apply(hidden, weight, targets, cap, z_loss, rows)
 
@@ -140,7 +148,7 @@ def _chunk(logits, targets, cap, z_loss):
     return nats, z, grad * supervised[:, None]
 
 
-# ---- validation -------------------------------------------------------------------------------------------------------
+# ---- validation ------------------------------------------------------------------------------------------------------
 
 
 def validation_scores(objective, validation, batch_size, place):

@@ -15,7 +15,7 @@ OPTIMIZER_REGISTRY = Registry("optimizer", of="train")
 SCHEDULE_REGISTRY = Registry("schedule", of="train")
 
 
-# ---- optimizers: (plan, {name: parameter}, config, device) -> [torch optimizers] --------------------------------------
+# ---- optimizers: (plan, {name: parameter}, config, device) -> [torch optimizers] -------------------------------------
 
 
 @OPTIMIZER_REGISTRY("adamw")
@@ -43,7 +43,11 @@ class MuonWithAdamW:
         matrices = [spec for spec in plan if spec.is_matrix]
         if not matrices:
             raise UserError("optimizer='muon' found no matrix inside a block to train; use optimizer='adamw'")
-        learning_rate = o.muon_learning_rate or config.learning_rate
+        learning_rate = config.learning_rate if o.muon_learning_rate is None else o.muon_learning_rate
+        if not learning_rate > 0:
+            raise UserError(f"muon_learning_rate={learning_rate} must be above 0, or None for learning_rate")
+        if not 0 <= o.muon_momentum < 1:
+            raise UserError(f"muon_momentum={o.muon_momentum} must lie in [0, 1)")
         muon = torch.optim.Muon(
             _groups(matrices, parameters, config, learning_rate), lr=learning_rate, momentum=o.muon_momentum,
             adjust_lr_fn="match_rms_adamw",
@@ -79,7 +83,7 @@ def set_learning_rate(optimizers, factor):
     return optimizers[0].param_groups[0]["lr"]
 
 
-# ---- schedules: step -> factor of the peak ----------------------------------------------------------------------------
+# ---- schedules: step -> factor of the peak ---------------------------------------------------------------------------
 
 
 class Schedule:
@@ -155,11 +159,13 @@ def build_schedule(config, total_steps):
     return SCHEDULE_REGISTRY[config.schedule if config.decay_lr else "constant"](config, total_steps)
 
 
-# ---- gradients --------------------------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 def clip_gradients(parameters, max_norm):
     """Scale gradients so that their global norm is at most max_norm (0: leave them), and return the norm before."""
-    if max_norm:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    # On a CPU looking at the norm is free and a pass over all gradients is not; a GPU would have to be waited for.
+    if max_norm and not (norm.device.type == "cpu" and norm <= max_norm):
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -133,7 +133,7 @@ def _processor_name():
     return platform.processor() or platform.machine()
 
 
-# ---- wrapping ---------------------------------------------------------------------------------------------------------
+# ---- wrapping --------------------------------------------------------------------------------------------------------
 
 
 def wrap(module, place):
@@ -180,7 +180,20 @@ def compile_module(module, example_batch, place):
     return compiled, "on"
 
 
-# ---- agreement over ranks -----------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def memory_errors():
+    """Turn running out of memory into a sentence."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            "out of memory; lower batch_size and raise gradient_accumulation_steps by as much, or take a smaller model"
+        ) from error
+
+
+# ---- agreement over ranks --------------------------------------------------------------------------------------------
 
 
 def sum_over_ranks(tensor, place):
@@ -200,7 +213,7 @@ def any_rank(flag, place):
     """True on every rank when it is true on one."""
     if place.world_size == 1:
         return bool(flag)
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=place.device), place) > 0)
+    return bool(sum_over_ranks(torch.tensor(float(bool(flag)), device=place.device), place) > 0)
 
 
 def gather(value, place):

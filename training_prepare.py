@@ -33,7 +33,7 @@ from training_token_files import (
     write_json,
 )
 from training_tokenizers import LEARN_FROM_BYTES, TOKENIZER_REGISTRY, as_text
-from user_errors import UserError, did_you_mean, exit_on_user_error
+from user_errors import Parser, UserError, did_you_mean, exit_on_user_error
 
 CHUNK_BYTES = 2**20  # of text, encoded together
 DEFAULT_LEARNED_VOCAB_SIZE = 4096
@@ -336,9 +336,7 @@ def summary_of(folder):
 @exit_on_user_error
 def prepare_from_command_line(dataset, description, arguments=None):
     """The main of every data/<name>/prepare.py."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     corpus = CORPUS_REGISTRY[dataset]
     parser.add_argument("--input", help="a local file or folder to read instead of a download")
     parser.add_argument("--variant", help=f"one of {', '.join(corpus.variants)}" if corpus.variants else "none here")

@@ -1,24 +1,25 @@
-"""What a run says on one screen before it starts: the architecture as a tree, its cost, the data, the place, the memory."""
+"""What a run says on one screen before it starts: the architecture as a tree, its cost, the data, the place, memory."""
 
 import torch
 
 from model_flops import CONVENTION, state_bytes, training_memory_bytes
+from training_parallel import DTYPES
 
-# ---- numbers for people -------------------------------------------------------------------------------------------------
+# ---- numbers for people ----------------------------------------------------------------------------------------------
 
 
 def human_count(n):
     """1234567 -> '1.23M'."""
-    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g}{letter}" if n / size < 1000 else f"{n / size:.0f}{letter}"
+    for size, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= 0.9995 * size:  # what three digits round up to
+            return f"{n / size:.3g}{letter}"
     return f"{n:.3g}"
 
 
 def human_bytes(n):
     for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if n >= size:
-            return f"{n / size:.3g} {unit}" if n / size < 1000 else f"{n / size:.0f} {unit}"
+            return f"{n / size:.3g} {unit}" if n / size < 999.5 else f"{n / size:.0f} {unit}"
     return f"{n:.0f} B"
 
 
@@ -39,7 +40,7 @@ def printable(text):
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
-# ---- the report at start ------------------------------------------------------------------------------------------------
+# ---- the report at start ---------------------------------------------------------------------------------------------
 
 
 def architecture_tree(model, flops):
@@ -57,20 +58,13 @@ def architecture_tree(model, flops):
         if block.ffn is not None:
             hidden = getattr(block.ffn, "hidden", None)
             label = kind[1] + (f" ({config.activation})" if kind[1] == "standard" else "")
-            rows.append(
-                (
-                    "│  ",
-                    label + (f"  hidden {hidden}" if hidden else ""),
-                    _parameters(block.ffn),
-                    _flops(block.ffn, config),
-                )
-            )
+            label += f"  hidden {hidden}" if hidden else ""
+            rows.append(("│  ", label, _parameters(block.ffn), _flops(block.ffn, config)))
         norms = _parameters(block) - _parameters(block.mixer) - (_parameters(block.ffn) if block.ffn is not None else 0)
         rows.append(("│  ", f"{config.normalization}, {config.norm_position}-norm", norms, 2 * norms))
     if model.final_norm is not None:
-        rows.append(
-            ("", f"final {config.normalization}", _parameters(model.final_norm), 2 * _parameters(model.final_norm))
-        )
+        norms = _parameters(model.final_norm)
+        rows.append(("", f"final {config.normalization}", norms, 2 * norms))
     head = model.head.weight
     rows.append(("", "head" + ("  tied to the embedding" if config.weight_tying else f"  {_shape(head)}"),
                  0 if config.weight_tying else head.numel(), 2 * head.numel()))  # fmt: skip
@@ -122,7 +116,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
     config, block_size = settings.train, settings.model.block_size
     steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
     tokens, train_tokens, val_tokens = steps * tokens_per_step, len(dataset.train), len(dataset.val)
-    memory = training_memory_bytes(model, config.batch_size)
+    memory = training_memory_bytes(model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements)
     at_half = flops.training * tokens / (peak.flops_per_second * place.world_size / 2)
     kernels = ", ".join(f"{part} {kernel}" for part, kernel in resolved["kernels"].items())
     rows = [
@@ -130,14 +124,16 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
         ("FLOPs/token", f"{human_count(flops.training)} for training at {flops.context} tokens"),
         ("", CONVENTION),
         ("state", f"{human_bytes(state_bytes(model, block_size))} to generate at {block_size} tokens"),
-        ("dataset", f"{dataset.name}: {human_count(train_tokens)} training, {human_count(val_tokens)} validation tokens, "
-                    f"{dataset.tokenizer_name}, vocabulary {dataset.vocab_size:,}"),
+        ("dataset", f"{dataset.name}: {human_count(train_tokens)} training, {human_count(val_tokens)} validation "
+                    f"tokens, {dataset.tokenizer_name}, vocabulary {dataset.vocab_size:,}"),
         ("step", f"{tokens_per_step:,} tokens: {config.batch_size} x {block_size}"
                  f" x {config.gradient_accumulation_steps} micro-batch(es)"),
         ("run", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / train_tokens:.2f} epochs, "
                 f"{human_count(flops.training * tokens)}FLOP"),
-        ("device", f"{place.world_size} x {resolved['device_name']}, {place.precision}, compile {resolved['compile']}, {kernels}"),
-        ("peak", f"{human_count(peak.flops_per_second)}FLOP/s, {peak.source}; at half of it the run takes {human_seconds(at_half)}"),
+        ("device", f"{place.world_size} x {resolved['device_name']}, {place.precision}, "
+                   f"compile {resolved['compile']}, {kernels}"),
+        ("peak", f"{human_count(peak.flops_per_second)}FLOP/s, {peak.source}; "
+                 f"at half of it the run takes {human_seconds(at_half)}"),
         ("memory", f"about {human_bytes(sum(memory.values()))}: "
                    + ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())),
     ]  # fmt: skip

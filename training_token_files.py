@@ -92,7 +92,12 @@ class TokenFile:
 @contextmanager
 def token_files(folder, vocab_size):
     """{split: TokenFile}; whatever was not published when the block ends is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --data_dir") from error
     dtype = "<u2" if vocab_size <= 2**16 else "<u4"
     files = {split: TokenFile(folder / f"{split}.bin", dtype) for split in SPLITS}
     try:

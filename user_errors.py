@@ -4,8 +4,10 @@ Raise `UserError("what is wrong; what to do")` anywhere. The scripts wrap their 
 prints the sentence and leaves with exit code 2. Everything else that goes wrong is a defect and keeps its traceback.
 """
 
+import argparse
 import difflib
 import functools
+import os
 import sys
 
 
@@ -25,16 +27,32 @@ def did_you_mean(name, candidates):
     return f"; did you mean '{match}'?" if match else ""
 
 
+class Parser(argparse.ArgumentParser):
+    """Argparse whose mistakes are one sentence, like everywhere else in this project."""
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        hint = did_you_mean(unknown.split()[0].split("=")[0], flags) if unknown != message else ""
+        raise UserError(f"{message}{hint or '; see --help'}")
+
+
 def exit_on_user_error(main):
     """Decorate a script's main: a UserError becomes `error: ...` on stderr and exit code 2, Ctrl-C one word and 130."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a console that lacks a character shows another, and goes on
         try:
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except BrokenPipeError:  # `... | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)
             sys.exit(130)

@@ -3,5 +3,5 @@
 dataset = "fineweb_edu"
 
 eval_interval = 1000
-eval_iters = 5  # 2.5M tokens of validation at 480 sequences of 1024 a step
+eval_iters = 150  # 2.5M tokens of validation
 weight_decay = 0.1

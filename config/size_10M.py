@@ -1,4 +1,4 @@
-# Ten million, nanoGPT's Shakespeare model: 6 blocks of 384, which overfits a megabyte of text within a few thousand steps.
+# Ten million, nanoGPT's Shakespeare model: 6 blocks of 384. It overfits a megabyte of text in a few thousand steps.
 
 model_size = "10M"
 

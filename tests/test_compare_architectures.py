@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from comparison_helpers import make_run
 
 import compare_architectures
+from comparison_helpers import make_run
 from comparison_report import COLUMN
 
 ROOT = Path(__file__).resolve().parent.parent

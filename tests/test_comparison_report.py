@@ -4,9 +4,9 @@ import csv
 import io
 
 import pytest
-from comparison_helpers import make_run
 from rich.console import Console
 
+from comparison_helpers import make_run
 from comparison_plots import draw_curves, legend_label, loss_limits
 from comparison_report import (
     COLUMNS,

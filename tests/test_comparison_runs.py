@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from comparison_helpers import make_run, write_json
 
+from comparison_helpers import make_run, write_json
 from comparison_runs import CHECKS, audit, comparable_groups, find_runs, load_run, number, read_metrics
 from user_errors import UserError
 

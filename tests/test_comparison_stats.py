@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from comparison_helpers import make_run
 
+from comparison_helpers import make_run
 from comparison_runs import find_runs
 from comparison_stats import (
     Configuration,

@@ -563,6 +563,26 @@ def test_resuming_another_model_or_data_is_refused_by_name(run, argument, name):
         going_on(folder, argument)
 
 
+def test_another_length_takes_the_place_of_the_runs_own(run):
+    folder, _ = run(["--max_tokens=1000"])
+    train = going_on(folder, "--max_iters=7").train
+    assert (train.max_iters, train.max_tokens) == (7, None)
+    assert going_on(folder).train.max_tokens == 1000
+
+
+def test_what_was_meant_for_one_command_is_not_for_the_next(run):
+    folder, _ = run(["--eval_only=True", "--resume_step=3"])
+    assert not going_on(folder).train.eval_only and going_on(folder).train.resume_step is None
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(run, tmp_path):
+    folder, before = run([])
+    moved = Path(shutil.move(folder, tmp_path / "elsewhere"))
+    train = going_on(moved).train
+    assert (train.run_name, train.runs_dir) == ("elsewhere", str(tmp_path))
+    assert train.learning_rate == before.train.learning_rate
+
+
 def test_resuming_may_split_the_same_batch_otherwise(run):
     folder, _ = run(["--batch_size=12", "--gradient_accumulation_steps=2"])
     train = going_on(folder, "--batch_size=6", "--gradient_accumulation_steps=4").train

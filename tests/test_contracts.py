@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixer_attention import ATTENTION_BACKEND_REGISTRY, MIXER_REGISTRY
-from model_builder import ConfigurableGPT, initialise, on_meta, parameter_plan
+from mixer_attention import MIXER_REGISTRY
+from model_builder import ConfigurableGPT, ResidualScale, initialise, on_meta, parameter_plan
 from model_components import (
     ACTIVATION_REGISTRY,
     FFN_REGISTRY,
@@ -22,6 +22,7 @@ from model_components import (
 )
 from model_config import PRESETS
 from model_flops import active_parameters, flops_per_token, parameters_by_group, state_bytes
+from model_helpers import backends_that_train_on_cpu, scrambled
 from registry import options_of
 from user_errors import UserError
 
@@ -41,8 +42,7 @@ VARIANTS |= {
     f"{mixer}-{encoding}": {"block_pattern": mixer, "position_encoding": encoding}
     for mixer in MIXER_REGISTRY for encoding in POSITION_ENCODING_REGISTRY if takes(mixer, encoding)
 }  # fmt: skip
-VARIANTS |= {f"backend-{name}": {"attention_backend": name}
-             for name, backend in ATTENTION_BACKEND_REGISTRY.items() if backend.differentiable_on_cpu}  # fmt: skip
+VARIANTS |= {f"backend-{name}": {"attention_backend": name} for name in backends_that_train_on_cpu()}
 VARIANTS |= {f"ffn-{name}": {"ffn_type": name, "bias": True} for name in FFN_REGISTRY}
 VARIANTS |= {f"norm-{name}": {"normalization": name} for name in NORM_REGISTRY}
 VARIANTS |= {f"activation-{name}": {"activation": name} for name in ACTIVATION_REGISTRY}
@@ -71,16 +71,6 @@ def build(tiny):
         model = ConfigurableGPT(tiny(**{"n_layer": 3, "vocab_size": V, **VARIANTS[variant], **changes})).to(dtype)
         return model if fresh else scrambled(model)
 
-    return model
-
-
-def scrambled(model):
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.4)
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), Norm) and name.endswith("weight"):
-                parameter.add_(1.0)
     return model
 
 
@@ -273,7 +263,7 @@ def test_biases_and_norms_cost_two_per_weight(build, variant):
     vectors = 0
     for name, parameter in model.named_parameters():
         owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if isinstance(owner, Norm) or (isinstance(owner, nn.Linear) and leaf == "bias"):
+        if isinstance(owner, (Norm, ResidualScale)) or (isinstance(owner, nn.Linear) and leaf == "bias"):
             vectors += parameter.numel()
     assert flops_per_token(model, T).vectors == 2 * vectors
 

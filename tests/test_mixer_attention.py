@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn as nn
 
 from mixer_attention import ATTENTION_BACKEND_REGISTRY, Attention, visible
+from model_helpers import backends_that_train_on_cpu, scrambled
 from user_errors import UserError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -61,11 +61,7 @@ def make(tiny):
 
     def attention(variant, backend, **changes):
         config = tiny(**{**VARIANTS, **CAPPED}.get(variant, {}), attention_backend=backend, **changes)
-        layer = Attention(config, 0)
-        torch.manual_seed(1)
-        for name, parameter in layer.named_parameters():
-            nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.5)
-        return layer
+        return scrambled(Attention(config, 0), std=0.5)
 
     return attention
 
@@ -142,8 +138,7 @@ def test_manual_equals_the_equation(make, variant, given):
         torch.testing.assert_close(got, want, **EXACT)
 
 
-TRAINS_HERE = [name for name, backend in ATTENTION_BACKEND_REGISTRY.items() if backend.differentiable_on_cpu]
-FAST = [name for name in TRAINS_HERE if name != "manual"]
+FAST = [name for name in backends_that_train_on_cpu() if name != "manual"]
 
 
 @by_input
@@ -255,8 +250,8 @@ def test_a_windows_cache_is_bounded(make, window):
     with torch.no_grad():
         _, state = layer.step(torch.randn(1, 300, 16), layer.init_state(1))
         for _ in range(200):
-            _, state = layer.step(torch.randn(1, 1, 16), state)
             assert state["keys"].untyped_storage().nbytes() <= (4 * window + 16) * 16 * 8
+            _, state = layer.step(torch.randn(1, 1, 16), state)
     assert state["length"] == 500
 
 
@@ -304,7 +299,7 @@ def test_mixing_flops_by_hand(make):
     ({"n_embd": 18}, ["n_embd=18", "n_head=4"]),
     ({"n_kv_head": 3}, ["n_head=4", "n_kv_head=3"]),
     ({"n_kv_head": 8}, ["n_head=4", "n_kv_head=8"]),
-    ({"n_kv_head": -1}, ["n_head=4", "n_kv_head=-1"]),
+    ({"n_kv_head": -1}, ["n_kv_head=-1"]),
     ({"sliding_window": -1}, ["sliding_window=-1"]),
     ({"attention_soft_cap": 5.0}, ["attention_soft_cap=5.0", "attention_backend='sdpa'", "'manual'"]),
     ({"attention_backend": "flex", "dropout": 0.1}, ["attention_backend='flex'", "dropout=0.1"]),
@@ -313,6 +308,14 @@ def test_what_attention_cannot_honour_is_refused_with_both_settings(tiny, change
     with pytest.raises(UserError) as refusal:
         Attention(tiny(**changes), 0)
     assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+def test_a_backend_that_cannot_train_here_says_so(make):
+    assert {"manual", "sdpa"} <= {*backends_that_train_on_cpu()}
+    for backend in ATTENTION_BACKEND_REGISTRY:
+        make("mha", backend).check_device(torch.device("cuda"))
+    with pytest.raises(UserError, match=r"attention_backend='flex' trains on CUDA alone and this is cpu"):
+        make("mha", "flex").check_device(torch.device("cpu"))
 
 
 def test_a_head_width_of_its_own_needs_no_division(tiny):

@@ -3,6 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
+from mixer_delta import delta_chunked, delta_recurrent, solve_unit_lower
+from model_builder import ConfigurableGPT, parameter_plan
+from model_config import ModelArchitectureConfig
 from recurrence_helpers import (
     LENGTHS,
     check_autocast,
@@ -17,10 +21,6 @@ from recurrence_helpers import (
     mixer,
     random,
 )
-
-from mixer_delta import delta_chunked, delta_recurrent, solve_unit_lower
-from model_builder import ConfigurableGPT, parameter_plan
-from model_config import ModelArchitectureConfig
 
 B, H, K, V = 2, 3, 4, 5
 NAMES = ["delta_net", "gated_delta_net"]

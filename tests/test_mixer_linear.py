@@ -3,6 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
+from mixer_attention import MIXER_REGISTRY
+from mixer_chunks import decayed_scores
+from mixer_linear import FEATURE_MAPS, linear_chunked, linear_recurrent
+from model_builder import ConfigurableGPT, parameter_plan
+from model_components import RoPE
+from model_config import ModelArchitectureConfig
+from model_flops import flops_per_token
 from recurrence_helpers import (
     LENGTHS,
     check_autocast,
@@ -17,14 +25,6 @@ from recurrence_helpers import (
     mixer,
     random,
 )
-
-from mixer_attention import MIXER_REGISTRY
-from mixer_chunks import decayed_scores
-from mixer_linear import FEATURE_MAPS, linear_chunked, linear_recurrent
-from model_builder import ConfigurableGPT, parameter_plan
-from model_components import RoPE
-from model_config import ModelArchitectureConfig
-from model_flops import flops_per_token
 from user_errors import UserError
 
 B, H, K, V = 2, 3, 4, 5

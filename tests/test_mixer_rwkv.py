@@ -3,6 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
+from mixer_rwkv import FASTEST_LOG_DECAY, LONGEST_CHUNK, rwkv7_chunked, rwkv7_recurrent, usual_rank
+from model_builder import ConfigurableGPT, parameter_plan
+from model_config import ModelArchitectureConfig
 from recurrence_helpers import (
     LENGTHS,
     check_autocast,
@@ -17,10 +21,6 @@ from recurrence_helpers import (
     mixer,
     random,
 )
-
-from mixer_rwkv import FASTEST_LOG_DECAY, LONGEST_CHUNK, rwkv7_chunked, rwkv7_recurrent, usual_rank
-from model_builder import ConfigurableGPT, parameter_plan
-from model_config import ModelArchitectureConfig
 from user_errors import UserError
 
 B, H, K, V = 2, 3, 4, 5

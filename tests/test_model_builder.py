@@ -17,23 +17,13 @@ from model_builder import (
     soft_cap,
     unused_options,
 )
-from model_components import POSITION_ENCODING_REGISTRY, ALiBi, LearnedAbsolute, Norm, RoPE
+from model_components import POSITION_ENCODING_REGISTRY, ALiBi, LearnedAbsolute, RoPE
 from model_config import ModelArchitectureConfig
+from model_helpers import scrambled
 from user_errors import UserError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 V = 29
-
-
-def scrambled(model, std=0.4):
-    """The model with large random weights, gains and biases, so that nothing hides behind a small initialisation."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=std)
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), Norm) and name.endswith("weight"):
-                parameter.add_(1.0)
-    return model
 
 
 def tokens(b=2, t=16, seed=4):
@@ -436,6 +426,12 @@ def test_parts_that_do_not_go_together_are_refused_with_both_settings(tiny, shif
     with pytest.raises(UserError) as refusal:
         ConfigurableGPT(tiny(**changes))
     assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+def test_a_device_that_a_mixer_cannot_train_on_is_refused(tiny):
+    ConfigurableGPT(tiny()).check_device(torch.device("cpu"))
+    with pytest.raises(UserError, match=r"attention_backend='flex'.* cpu"):
+        ConfigurableGPT(tiny(attention_backend="flex")).check_device(torch.device("cpu"))
 
 
 def test_one_mixer_that_honours_the_positions_is_enough(tiny, shift):

@@ -173,12 +173,20 @@ def test_ropes_memory_of_angles_follows_length_and_dtype(tiny):
     assert list(encoding.state_dict()) == []  # nothing of it belongs into a checkpoint
 
 
+def test_ropes_memory_of_inference_mode_does_not_spoil_training(tiny):
+    encoding, x = rope(tiny), torch.randn(1, 1, 9, 8, requires_grad=True)
+    with torch.inference_mode():
+        encoding.rotate(x.detach())
+    (encoding.rotate(x) ** 3).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_rope_far_out_is_as_exact_as_near_in_half_precision(tiny):
-    encoding, x = rope(tiny), torch.randn(1, 1, 1, 8)
-    far = torch.tensor([30011])
-    got = encoding.rotate(x.bfloat16(), far)
+    encoding, x = rope(tiny), torch.randn(1, 1, 50, 8).bfloat16()
+    far = torch.arange(50) + 30011
+    got, wanted = encoding.rotate(x, far), encoding.rotate(x.double(), far)
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.double(), encoding.rotate(x.bfloat16().double(), far), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-6)  # one rounding, at the end
 
 
 def test_rope_refusals(tiny):

@@ -232,7 +232,7 @@ def test_saving_overwrites_nothing(tmp_path):
     assert path.read_text() == "precious"
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "", '"llama"'])
+@pytest.mark.parametrize("text", ["{", "[1]", "", '"llama"', '{"n_layer": "4"}', '{"part_options": 3}'])
 def test_a_damaged_file_is_one_sentence(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=r"a\.json cannot be read as a model config"):

@@ -1,11 +1,13 @@
-"""Ctrl-C and SIGTERM, sent to train.py in a process of its own: it saves, leaves with 0, and the run goes on as if undisturbed."""
+"""Ctrl-C and SIGTERM, sent to train.py in its own process: it saves, leaves with 0, and can go on as if undisturbed."""
+
+# ruff: noqa: F401, F811 - book and workshop are fixtures
 
 import signal
 import subprocess
 
 import pytest
 
-from training_helpers import (  # noqa: F401 - book and workshop are fixtures
+from training_helpers import (
     assert_same_run,
     book,
     environment,
@@ -38,14 +40,14 @@ max_iters = 200
 
 
 @pytest.fixture
-def slow(workshop, tmp_path):  # noqa: F811
+def slow(workshop, tmp_path):
     """Arguments of a run that takes seconds in another process and none here."""
     (tmp_path / "slow.py").write_text(SLOW, encoding="utf-8")
     arguments = [argument for argument in workshop.command() if "max_iters" not in argument]
     return [*arguments, str(tmp_path / "slow.py"), "--dropout=0.1", "--eval_interval=50"]
 
 
-def test_a_signal_saves_leaves_with_0_and_the_run_goes_on(workshop, slow):  # noqa: F811
+def test_a_signal_saves_leaves_with_0_and_the_run_goes_on(workshop, slow):
     import train
 
     train.main([*slow, "--run_name=straight"])

@@ -1,8 +1,11 @@
-"""train.py from end to end: what it leaves behind, that it learns, and that a resumed run is the run it would have been."""
+"""train.py from end to end: what it leaves behind, that it learns, that a resumed run is the run it would have been."""
+
+# ruff: noqa: F401, F811 - book and workshop are fixtures
 
 import csv
 import math
 import signal
+import subprocess
 import sys
 import threading
 
@@ -12,17 +15,20 @@ import torch
 import sample
 import train
 from registry import ALL_REGISTRIES
-from training_data import BatchStream
-from training_helpers import (  # noqa: F401 - book and workshop are fixtures
+from training_data import BatchStream, Dataset
+from training_helpers import (
     MEASURED,
+    ROOT,
     Workshop,
     a_peak,
     assert_same,
     assert_same_run,
     book,
+    environment,
     files_in,
     read_json,
     rows,
+    script,
     steps_of_checkpoints,
     summary,
     training_state,
@@ -35,7 +41,7 @@ from training_objectives import OBJECTIVE_REGISTRY, CausalLM
 
 
 @pytest.fixture(scope="module")
-def whole(book, tmp_path_factory):  # noqa: F811
+def whole(book, tmp_path_factory):
     """A run with everything switched on."""
     shop = Workshop(tmp_path_factory.mktemp("whole"), book)
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +74,7 @@ def test_config_json_tells_the_whole_story(whole):
     assert config["flops"]["per_token_training"] == 3 * config["flops"]["per_token_forward"] > 0
     assert "causal half" in config["flops"]["convention"]
     assert len(config["dataset"]["fingerprint"]) == 64 and config["dataset"]["tokenizer"] == "byte"
-    assert config["resolved"]["device"] == "cpu" and config["resolved"]["kernels"] == {"attention": "sdpa"}
+    assert config["resolved"]["device"] == "cpu" and config["resolved"]["kernels"]["attention"] == "sdpa"
     assert config["resolved"]["tokens_per_step"] == 64 and config["resolved"]["dtype"] == "float32"
     assert config["versions"]["torch"] == torch.__version__
     assert set(config["git"]) == {"commit", "dirty"}
@@ -184,8 +190,42 @@ def test_metadata_counts_tokens(whole):
 def test_progress_is_said_line_by_line(workshop):
     workshop.run(name="said")
     text = workshop.printed()
-    for words in ("1 x block, each", "attention  2 heads x 8", "ready after", "step 8/8  loss ", " tok/s  MFU ", "  ETA ",
-                  "bits/byte", "best so far"):  # fmt: skip
+    for words in ("1 x block, each", "attention  2 heads x 8", "ready after", "step 8/8  loss ", " tok/s  MFU ",
+                  "  ETA ", "bits/byte", "best so far"):  # fmt: skip
+        assert words in text
+
+
+def test_from_the_shell(workshop, tmp_path):
+    good = [*workshop.command(name="shell"), "--arch_preset=llama"]
+    commands = {
+        "good": script("train.py", ROOT / "config" / "arch_llama.py", *good),
+        "bad": script("train.py", ROOT / "config" / "arch_llama.py", *good, "--n_layr=2"),
+    }
+    children = {
+        name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+                               cwd=tmp_path, env=environment())
+        for name, command in commands.items()
+    }  # fmt: skip
+    out, err = children["good"].communicate(timeout=60)
+    assert children["good"].returncode == 0 and err == ""
+    assert "swiglu" in out and "step 8/8  loss" in out and "data sheet" not in out
+    assert read_json(workshop.runs / "shell" / "config.json")["architecture"] == "1L-2H-16D-RoPE-RMS-SwiGLU-PreNorm"
+    assert sorted(path.name for path in (workshop.runs / "shell" / "config").iterdir()) == ["00_arch_llama.py"]
+    out, err = children["bad"].communicate(timeout=60)
+    assert children["bad"].returncode == 2 and out == ""
+    assert err == "error: the command line: 'n_layr' is not a setting; did you mean 'n_layer'? (--help lists all)\n"
+
+
+def test_help_lists_every_setting_with_its_reason(workshop):
+    train.main(["--help"])
+    text = workshop.printed()
+    for words in (
+        "python train.py config/arch_llama.py",
+        "--n_layer=4",
+        "--grad_clip=1.0",
+        "clipped to this",
+        "--muon_momentum=0.95",
+    ):
         assert words in text
 
 
@@ -251,6 +291,18 @@ def test_a_run_lasts_as_long_as_it_was_told(workshop, length, steps):
     assert read_json(folder / "config.json")["resolved"]["max_iters"] == steps
     assert steps_of_checkpoints(folder)[-1] == steps
     assert rows(folder, "eval")[-1]["step"] == steps
+
+
+def test_the_stream_hash_is_that_of_all_steps(workshop):
+    folder = workshop.run()
+    config = read_json(folder / "config.json")["training_config"]
+    dataset = Dataset(workshop.book / "data" / "text-book")
+    stream, value = BatchStream(dataset, 16, 4, config["seed"]), None
+    for step in range(8):
+        value = stream.hash_after(step, value)
+    assert summary(folder)["stream_hash"] == value
+    assert summary(workshop.run("--arch_preset=llama"))["stream_hash"] == value  # whatever the architecture
+    assert summary(workshop.run("--seed=2"))["stream_hash"] != value
 
 
 def test_two_runs_of_one_command_are_the_same_run(workshop):
@@ -355,11 +407,12 @@ def test_settings_of_a_run_are_not_held_to_the_defaults(workshop):
 
 
 def test_a_moved_run_goes_on_where_it_is(workshop, tmp_path):
-    folder = workshop.run("--max_iters=4")
-    moved = folder.rename(tmp_path / "elsewhere")
-    workshop.resume(moved, "--max_iters=8")
-    assert summary(moved)["steps"] == 8
-    assert not folder.exists()
+    train.main([*workshop.command(name="before"), f"--runs_dir={tmp_path / 'there'}", "--max_iters=4"])
+    workshop.runs.mkdir()
+    (tmp_path / "there" / "before").rename(workshop.runs / "after")
+    train.main(["--run_name=after", "--init_from=resume", "--max_iters=8"])  # in runs/, where nothing says otherwise
+    assert summary(workshop.runs / "after")["steps"] == 8
+    assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_the_sessions_before_stay_in_the_record(workshop):
@@ -484,8 +537,10 @@ def sabotage(monkeypatch):
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(workshop, sabotage, kind):
     sabotage.bad_steps, sabotage.kind, sabotage.micro_batches = (3, 5), kind, 2
-    folder = workshop.run("--objective=sabotaged", "--checkpoint_interval=1", "--keep_checkpoints=0",
-                          "--gradient_accumulation_steps=2", "--max_non_finite_steps=2", "--tensorboard=True", "--plot=True")  # fmt: skip
+    folder = workshop.run(
+        "--objective=sabotaged", "--checkpoint_interval=1", "--keep_checkpoints=0", "--gradient_accumulation_steps=2",
+        "--max_non_finite_steps=2", "--tensorboard=True",
+    )  # fmt: skip
     for before, after, skipped in ((2, 3, False), (3, 4, True), (4, 5, False), (5, 6, True), (6, 7, False)):
         same = torch.equal(
             weights(folder, before)["token_embedding.weight"], weights(folder, after)["token_embedding.weight"]
@@ -674,9 +729,15 @@ def test_a_second_ctrl_c_leaves_at_once(workshop, signalling):
 class FakeWandb:
     """Weights & Biases as far as the sink uses it."""
 
-    def __init__(self, api_key=None):
-        self.api = type("Api", (), {"api_key": api_key})
+    def __init__(self, login):
+        self.login_succeeds = login
         self.logged, self.metrics, self.is_finished = [], {}, False
+
+    def login(self, prompt):
+        assert prompt is False  # a run that waits for an answer is a run that stands still
+        if self.login_succeeds is None:
+            raise OSError("no network")
+        return self.login_succeeds
 
     def init(self, **arguments):
         self.arguments = arguments
@@ -692,9 +753,11 @@ class FakeWandb:
         self.is_finished = True
 
 
-@pytest.mark.parametrize("api_key, mode", [(None, "offline"), ("secret", None)])
-def test_wandb_gets_every_row_against_steps_and_tokens(workshop, monkeypatch, api_key, mode):
-    fake = FakeWandb(api_key)
+@pytest.mark.parametrize(
+    "login, mode", [(False, "offline"), (True, None), (None, "offline")], ids=["no-login", "login", "no-network"]
+)
+def test_wandb_gets_every_row_against_steps_and_tokens(workshop, monkeypatch, login, mode):
+    fake = FakeWandb(login)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     folder = workshop.run("--wandb_log=True", "--wandb_project=mine", "--layer_stats_interval=8", name="watched")
@@ -711,9 +774,10 @@ def test_wandb_gets_every_row_against_steps_and_tokens(workshop, monkeypatch, ap
 
 def test_the_real_wandb_writes_offline(workshop, monkeypatch, tmp_path):
     pytest.importorskip("wandb")
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache"),
-                        "WANDB_CONFIG_DIR": str(tmp_path / "config"), "WANDB_DATA_DIR": str(tmp_path / "data")}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
     folder = workshop.run("--wandb_log=True", "--max_iters=2")
     written = list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == 1 and written[0].stat().st_size > 1000

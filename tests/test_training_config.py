@@ -38,6 +38,9 @@ REFUSED = [
     ("checkpoint_interval", -1, "must be 0 or more, or None"),
     ("dtype", "float8", "must be one of auto, float32, bfloat16, float16"),
     ("compile", "yes", "must be one of True, False, auto"),
+    ("init_from", "resum", "must be one of scratch, resume; did you mean 'resume'"),
+    ("z_loss", float("inf"), "must be a finite number"),
+    ("learning_rate", float("inf"), "must be a finite number"),
     ("run_name", "a/b", "must be a plain folder name"),
     ("run_name", " ", "must be a plain folder name"),
 ]
@@ -53,6 +56,7 @@ def test_values_that_cannot_be_meant_are_refused_by_name(name, value, sentence):
     ({"min_lr": 1e-2}, ["min_lr=0.01", "learning_rate=0.001"]),
     ({"max_tokens": 100, "epochs": 1.0}, ["max_tokens=100", "epochs=1.0"]),
     ({"max_iters": None}, ["max_iters", "max_tokens", "epochs"]),
+    ({"lr_decay_iters": 50, "warmup_iters": 60}, ["lr_decay_iters=50", "warmup_iters=60"]),
     ({"init_from": "resume"}, ["init_from=resume", "run_name"]),
 ], ids=lambda value: "+".join(value) if isinstance(value, dict) else "")  # fmt: skip
 def test_contradictions_name_both_settings(changes, words):

@@ -19,6 +19,7 @@ from training_objectives import (
     supervised_tokens,
     validation_scores,
 )
+from user_errors import UserError
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 N, C, V = 13, 6, 11
@@ -162,6 +163,11 @@ def build(tiny):
 
 def test_causal_lm_is_registered():
     assert OBJECTIVE_REGISTRY["causal_lm"] is CausalLM
+
+
+def test_a_model_that_sees_the_next_token_is_refused(build):
+    with pytest.raises(UserError, match=r"objective='causal_lm'.*causal=False"):
+        build(causal=False)
 
 
 @pytest.mark.parametrize("elements", [100, 2**24], ids=["chunked", "whole"])

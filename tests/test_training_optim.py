@@ -105,13 +105,14 @@ def test_fused_adamw_equals_the_plain_one(model):
 # ---- Muon -----------------------------------------------------------------------------------------------------------
 
 
-def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest(model):
+def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest(tiny):
+    model = ConfigurableGPT(tiny(arch_preset="gpt2", weight_tying=False))
     muon, adamw = optimizers_of(model, optimizer="muon")
     kinds = ["mixer.qkv", "mixer.out", "ffn.up", "ffn.down"]
     matrices = {f"blocks.{i}.{kind}.weight" for i in range(2) for kind in kinds}
     assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
     assert names_in(muon, True) == matrices and names_in(muon, False) == set()
-    assert names_in(adamw, True) == {"token_embedding.weight", "position_embedding.table.weight"}
+    assert names_in(adamw, True) == {"token_embedding.weight", "position_embedding.table.weight", "head.weight"}
     everything = {name for name, _ in model.named_parameters()}
     assert names_in(adamw, False) == everything - matrices - names_in(adamw, True)
 
@@ -147,6 +148,12 @@ def test_muon_without_a_matrix_is_refused(model):
     plan = [spec for spec in parameter_plan(model) if not spec.is_matrix]
     with pytest.raises(UserError, match="optimizer='muon' found no matrix"):
         OPTIMIZER_REGISTRY["muon"](plan, dict(model.named_parameters()), TrainConfig(optimizer="muon"), CPU)
+
+
+@pytest.mark.parametrize("option, value", [("muon_learning_rate", 0.0), ("muon_momentum", 1.0), ("muon_momentum", -1)])
+def test_muons_settings_are_checked(model, option, value):
+    with pytest.raises(UserError, match=f"{option}={value} must"):
+        optimizers_of(model, optimizer="muon", part_options={option: value})
 
 
 def test_an_older_torch_is_told(model, monkeypatch):

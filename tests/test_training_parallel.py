@@ -1,5 +1,7 @@
 """Ranks, devices, precision and compiling: several processes train what one does."""
 
+# ruff: noqa: F401, F811 - book and workshop are fixtures
+
 import json
 import math
 import subprocess
@@ -10,8 +12,9 @@ import torch
 
 import training_parallel as parallel
 from training_config import TrainConfig
-from training_helpers import (  # noqa: F401 - book and workshop are fixtures
+from training_helpers import (
     ROOT,
+    Workshop,
     assert_same,
     assert_same_run,
     book,
@@ -30,47 +33,78 @@ CPU = torch.device("cpu")
 # ---- several ranks --------------------------------------------------------------------------------------------------
 
 # One launch of torchrun, because starting two ranks takes seconds: commands run one after another in its processes.
+# They join at the first command and part after the last, since torchrun's processes can join only once.
 DRIVER = """
-import json, sys, traceback
+import json, sys
+import torch.distributed as dist
 import train
 
-for command in json.load(open(sys.argv[1])):
+join, part = dist.init_process_group, dist.destroy_process_group
+dist.init_process_group = lambda backend: None if dist.is_initialized() else join(backend)
+dist.destroy_process_group = lambda: None
+commands = json.load(open(sys.argv[1]))
+for command in commands:
+    if command is commands[-1]:
+        dist.destroy_process_group = part
     try:
         train.main(command)
     except SystemExit as stop:
         print("left with", stop.code, flush=True)
+assert not dist.is_initialized()
+"""
+
+
+# An objective that sends SIGTERM to the second rank alone, in its third step, while the file `armed` is there.
+SIGNALLING = """
+import os, signal
+from training_objectives import OBJECTIVE_REGISTRY, CausalLM
+
+@OBJECTIVE_REGISTRY("signalling")
+class Signalling(CausalLM):
+    calls = 0
+
+    def forward(self, batch):
+        self.calls += self.training
+        if os.environ["RANK"] == "1" and self.training and self.calls == 3 and os.path.exists("armed"):
+            os.remove("armed")
+            signal.raise_signal(signal.SIGTERM)
+        return super().forward(batch)
+
+objective = "signalling"
 """
 
 
 @pytest.fixture(scope="module")
-def ranks(book, tmp_path_factory):  # noqa: F811
-    """(Workshop, what was printed) after two ranks went through five commands."""
-    from training_helpers import Workshop
-
+def ranks(book, tmp_path_factory):
+    """(Workshop, what was printed) after two ranks went through the commands."""
     shop = Workshop(tmp_path_factory.mktemp("ranks"), book)
+    dropout = ("--gradient_accumulation_steps=2", "--dropout=0.3", "--lr_decay_iters=8")
+    resume = (f"--runs_dir={shop.runs}", "--init_from=resume", "--max_iters=8")
     commands = [
-        shop.command(
-            "--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4", "--dropout=0.0", name="ddp"
-        ),
+        shop.command("--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4", name="ddp"),
         shop.command("--gradient_accumulation_steps=3", name="uneven"),
-        shop.command("--gradient_accumulation_steps=2", "--dropout=0.3", "--lr_decay_iters=8", name="straight"),
-        shop.command(
-            "--gradient_accumulation_steps=2", "--dropout=0.3", "--lr_decay_iters=8", "--max_iters=4", name="halved"
-        ),
-        [f"--runs_dir={shop.runs}", "--run_name=halved", "--init_from=resume", "--max_iters=8"],
+        shop.command(*dropout, name="straight"),
+        shop.command(*dropout, "--max_iters=4", name="halved"),
+        [*resume, "--run_name=halved"],
+        shop.command(*dropout, "signalling.py", name="stopped"),
+        [*resume, "--run_name=stopped"],
     ]
+    (shop.folder / "signalling.py").write_text(SIGNALLING)
+    (shop.folder / "armed").touch()
     shop.run("--max_iters=1")  # prepares the data
     (shop.folder / "commands.json").write_text(json.dumps(commands))
     (shop.folder / "driver.py").write_text(DRIVER)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py", "commands.json"],
-        cwd=shop.folder, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, encoding="utf-8", timeout=100,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py",
+         "commands.json"],
+        cwd=shop.folder, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, encoding="utf-8",
+        timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return shop, done.stdout + done.stderr
 
 
-def test_two_ranks_train_what_one_does(ranks, workshop):  # noqa: F811
+def test_two_ranks_train_what_one_does(ranks, workshop):
     together = ranks[0].runs / "ddp"
     alone = workshop.run("--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4")
     for kind, column in (("train", "loss"), ("train", "grad_norm"), ("eval", "val_loss"), ("eval", "bits_per_byte")):
@@ -88,16 +122,14 @@ def test_two_ranks_train_what_one_does(ranks, workshop):  # noqa: F811
 def test_only_one_rank_speaks_and_writes(ranks):
     shop, text = ranks
     assert text.count("step  1/10  loss") == 1
-    assert len((shop.runs / "ddp" / "metrics.jsonl").read_text().splitlines()) == len(rows(shop.runs / "ddp")) == 10 + 4
+    assert len((shop.runs / "ddp" / "metrics.jsonl").read_text().splitlines()) == len(rows(shop.runs / "ddp")) == 10 + 5
 
 
 def test_accumulation_that_does_not_divide_among_ranks_is_refused(ranks):
     shop, text = ranks
     assert (
-        text.count(
-            "error: gradient_accumulation_steps=3 does not divide among 2 ranks (batch_size=4); make it a multiple of 2"
-        )
-        == 2
+        "error: gradient_accumulation_steps=3 does not divide among 2 ranks (batch_size=4); make it a multiple of 2\n"
+        in text
     )
     assert text.count("left with 2") == 2
     assert not (shop.runs / "uneven").exists()
@@ -110,7 +142,14 @@ def test_a_resumed_job_of_two_ranks_is_exact_with_dropout(ranks):
     assert len(states) == 2 and not torch.equal(states[0]["cpu"], states[1]["cpu"])  # each rank draws its own masks
 
 
-def test_one_process_goes_on_with_what_two_ranks_saved(ranks, workshop):  # noqa: F811
+def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(ranks):
+    shop, text = ranks
+    assert not (shop.folder / "armed").exists()
+    assert "stopped by another rank at step 3; continue with --init_from=resume --run_name=stopped" in text
+    assert_same_run(shop.runs / "straight", shop.runs / "stopped", 8)
+
+
+def test_one_process_goes_on_with_what_two_ranks_saved(ranks, workshop):
     folder = workshop.resume(ranks[0].runs / "ddp", "--max_iters=12")
     assert summary(folder)["status"] == "finished" and summary(folder)["steps"] == 12
     assert [session["resolved"]["world_size"] for session in read_json(folder / "config.json")["earlier_sessions"]] == [
@@ -118,7 +157,7 @@ def test_one_process_goes_on_with_what_two_ranks_saved(ranks, workshop):  # noqa
     ]
 
 
-# ---- where --------------------------------------------------------------------------------------------------------------
+# ---- where -----------------------------------------------------------------------------------------------------------
 
 
 def test_alone_on_a_cpu(monkeypatch):
@@ -180,7 +219,7 @@ def test_autocast_makes_products_in_the_precision_asked_for(dtype):
     assert Place(CPU, dtype, tf32=True).precision == ("tf32" if dtype == "float32" else dtype)
 
 
-# ---- compiling ----------------------------------------------------------------------------------------------------------
+# ---- compiling -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("asked, device, wanted", [
@@ -212,7 +251,7 @@ def breaks_without_words(module):
     (breaks_when_called, "Dynamo is not supported here"),
     (breaks_without_words, "NotImplementedError"),
 ])  # fmt: skip
-def test_where_compiling_fails_the_run_goes_on_and_says_so(workshop, monkeypatch, compiler, reason):  # noqa: F811
+def test_where_compiling_fails_the_run_goes_on_and_says_so(workshop, monkeypatch, compiler, reason):
     plain = workshop.run("--dropout=0.2")
     monkeypatch.setattr(torch, "compile", compiler)
     fallen_back = workshop.run("--dropout=0.2", "--compile=True")
@@ -221,7 +260,7 @@ def test_where_compiling_fails_the_run_goes_on_and_says_so(workshop, monkeypatch
     assert_same_run(plain, fallen_back, 8)
 
 
-def test_a_compiled_run_is_tried_once_and_leaves_gradients_and_random_state_alone(workshop, monkeypatch):  # noqa: F811
+def test_a_compiled_run_is_tried_once_and_leaves_gradients_and_random_state_alone(workshop, monkeypatch):
     plain = workshop.run("--dropout=0.2")
     called = []
 
@@ -255,7 +294,7 @@ def test_the_trial_leaves_no_gradient_and_no_mark_on_the_random_state(monkeypatc
 
 
 @pytest.mark.slow
-def test_a_truly_compiled_run_learns_the_same(workshop):  # noqa: F811
+def test_a_truly_compiled_run_learns_the_same(workshop):
     plain, compiled = workshop.run(), workshop.run("--compile=True")
     assert read_json(compiled / "config.json")["resolved"]["compile"] == "on"
     assert [row["loss"] for row in rows(compiled, "train")] == pytest.approx(
@@ -263,7 +302,7 @@ def test_a_truly_compiled_run_learns_the_same(workshop):  # noqa: F811
     )
 
 
-# ---- alone, what ranks share is one's own -------------------------------------------------------------------------------
+# ---- alone, what ranks share is one's own ----------------------------------------------------------------------------
 
 
 def test_alone_the_sums_over_ranks_are_ones_own():

@@ -1,4 +1,4 @@
-"""Runs of train.py inside the test's own process, on a text that is written once, with a model of a few thousand weights.
+"""Runs of train.py inside the test's own process, on a text written once, with a model of a few thousand weights.
 
 from training_helpers import book, workshop          # fixtures
 
@@ -22,12 +22,12 @@ from model_flops import HardwarePeak
 
 ROOT = Path(__file__).resolve().parents[1]
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew potions in old kettles".split()
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards brew potions in old kettles"
 
 TINY = (
-    "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--max_iters=8", "--learning_rate=0.01",
-    "--warmup_iters=2", "--eval_interval=4", "--eval_iters=2", "--log_interval=1", "--sample_tokens=0", "--device=cpu",
-    "--threads=1", "--plot=False", "--tensorboard=False",
+    "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--max_iters=8",
+    "--learning_rate=0.01", "--warmup_iters=2", "--eval_interval=4", "--eval_iters=2", "--log_interval=1",
+    "--sample_tokens=0", "--device=cpu", "--threads=1", "--plot=False", "--tensorboard=False",
 )  # fmt: skip
 
 # What a clock or a memory meter decides, and so differs between two runs that are otherwise the same.
@@ -40,7 +40,8 @@ MEASURED = {
 def book(tmp_path_factory):
     """A folder with book.txt, 12 kB of sentences from sixteen words, and data/ where it is prepared once."""
     folder, rng = tmp_path_factory.mktemp("book"), random.Random(1)
-    lines = [" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(200)]
+    words = SENTENCE.split()
+    lines = [" ".join(rng.choice(words) for _ in range(12)) for _ in range(200)]
     (folder / "book.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     return folder
 

@@ -1,0 +1,85 @@
+"""nn.Linear through oneDNN on CPUs where the default library is slow.
+
+torch's float32 matrix products on x86 go to MKL, which serves AMD's processors less well than oneDNN does; torch ships
+both. Forward and the gradient of the input go to oneDNN here, the gradient of the weight stays where it was, because
+there MKL is the faster (`docs/performance.md`). The plain path is `torch.nn.functional.linear`.
+"""
+
+import contextlib
+import functools
+import platform
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x (..., K), weight (N, K), bias (N,) or None -> (..., N), float32 on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        rows = grad.flatten(0, -2)  # (rows, N)
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ x.flatten(0, -2)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+def linear(x, weight, bias=None):
+    """F.linear, through oneDNN where the tensors are what it takes and its overhead is worth it."""
+    if x.dtype != torch.float32 or x.dim() < 2 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    return OneDNNLinear.apply(x, weight, bias)
+
+
+def is_faster_here(device):
+    """Whether this is a CPU on which oneDNN was seen to be the faster of the two: AMD's."""
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and "AMD" in processor_vendor()
+
+
+def processor_vendor():
+    """Such as 'AuthenticAMD' or 'GenuineIntel'."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("vendor_id"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()  # Windows: 'AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD'
+
+
+def equals_plain():
+    """True when forward and backward agree with F.linear here, at a shape with odd sizes and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in ((3, 17, 40), (24, 40), (24,))]
+    weights = torch.randn(3, 17, 24, generator=generator)
+    results = []
+    try:
+        for function in (F.linear, linear):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            y = function(*leaves)
+            results.append([y.detach(), *torch.autograd.grad((y * weights).sum(), leaves)])
+    except (RuntimeError, AttributeError):  # a build without oneDNN
+        return False
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*results, strict=True))
+
+
+def install(model):
+    """Make every nn.Linear of `model` compute through `linear`; parameters and names stay as they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = functools.partial(_forward, module)
+
+
+def _forward(module, x):
+    return linear(x, module.weight, module.bias)
