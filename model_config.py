@@ -72,9 +72,7 @@ GPT2_VOCAB_SIZE = 50257  # where no dataset says otherwise
 @dataclass(frozen=True)
 class ModelArchitectureConfig:
     # -- what to start from
-    arch_preset: str = (
-        "custom"  # gpt2, llama, mamba2, ...: see config/arch_*.py; custom: the values below as they stand
-    )
+    arch_preset: str = "custom"  # gpt2, llama, mamba2, ... (config/arch_*.py), or custom: the values as they stand
     model_size: str | None = None  # 1M, 5M, 10M, 124M, 350M, 1B: sets n_layer, n_head and n_embd
 
     # -- shape
