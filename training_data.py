@@ -243,8 +243,9 @@ class BatchStream:
 
     def example_batch(self, batch_size, device="cpu"):
         """A micro-batch of the shape and type of every other: what a compiler needs to see."""
-        starts = np.zeros(batch_size, dtype=np.int64)
-        return on_device(window_batch(self.tokens, starts, self.block_size), device)
+        zeros = np.zeros(batch_size, dtype=np.int64)
+        batch = {**window_batch(self.tokens, zeros, self.block_size), "window": torch.from_numpy(zeros)}
+        return on_device(batch, device)
 
     def hash_after(self, step, previous=None):
         """The running hash once this step is taken: `previous` is that of the step before, None at the first.

@@ -1,6 +1,6 @@
 # BERT (Devlin et al. 2018, arXiv:1810.04805), at whatever size stands beside it: an encoder that sees both sides of a
-# token, trained to fill gaps. It is scored by pseudo-perplexity, and its loss is never ranked beside that of models that
-# predict the next token. Sections are the paper's.
+# token, trained to fill gaps. It is scored by pseudo-perplexity, and its loss is never ranked beside that of models
+# that predict the next token. Sections are the paper's.
 
 arch_preset = "bert"
 objective = "masked_lm"  # 15% of the tokens, of which 80% are masked, 10% random and 10% as they were (section 3.1)

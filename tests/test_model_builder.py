@@ -109,6 +109,7 @@ S = (2 * 2) ** -0.5  # 1 / sqrt(2 n_layer) of two layers
 BLOCKS = {  # (config changes, the block written out; m: mixer, f: FFN, n1 n2: norms before, o1 o2: norms after)
     "pre": ({}, lambda x, m, f, n1, n2, o1, o2: (h := x + m(n1(x))) + f(n2(h))),
     "post": ({"norm_position": "post"}, lambda x, m, f, n1, n2, o1, o2: n2((h := n1(x + m(x))) + f(h))),
+    "output": ({"norm_position": "output"}, lambda x, m, f, n1, n2, o1, o2: (h := x + n1(m(x))) + n2(f(h))),
     "sandwich": ({"norm_position": "sandwich"}, lambda x, m, f, n1, n2, o1, o2: (h := x + o1(m(n1(x)))) + o2(f(n2(h)))),
     "parallel": ({"parallel_blocks": True}, lambda x, m, f, n1, n2, o1, o2: x + m(n1(x)) + f(n1(x))),
     "parallel-sandwich": ({"parallel_blocks": True, "norm_position": "sandwich"},
@@ -139,6 +140,16 @@ def test_a_block_is_its_equation(tiny, name):
     torch.testing.assert_close(block(x), written_out(x, *parts), **EXACT)
     used = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
     assert {id(parameter) for parameter in block.parameters()} == used, "a parameter that no equation has"
+
+
+def test_mixers_side_by_side_are_added(tiny):
+    block = scrambled(Block(tiny(block_pattern="attention+mamba/none"), 0)).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    h, (attention, mamba) = block.mixer_norm(x), block.mixer.mixers
+    assert type(attention).__name__ == "Attention" and type(mamba).__name__ == "Mamba"
+    torch.testing.assert_close(block(x), x + attention(h) + mamba(h), **EXACT)
+    assert block.mixer.state_bytes(9) == attention.state_bytes(9) + mamba.state_bytes(9)
+    assert block.mixer.mixing_flops(9) == attention.mixing_flops(9) + mamba.mixing_flops(9)
 
 
 def test_learned_scaling_is_a_gain_per_channel(tiny):
@@ -266,6 +277,57 @@ def test_llama_equals_transformers(tiny, transformers, n_kv_head, backend):
             names[f"blocks.{i}.{our_name}.weight"] = lambda tensors, full=full: torch.cat([tensors[n] for n in full])
     # Theirs computes angles and norms in float32.
     compare_with(oracle, ours, names, tokens(), rtol=1e-4, atol=2e-5)
+
+
+def test_bert_equals_transformers(tiny, transformers):
+    config = transformers.BertConfig(
+        vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=16, type_vocab_size=2, attn_implementation="eager",
+    )  # fmt: skip
+    oracle = random_weights(transformers.BertForMaskedLM(config)).eval()
+    ours = ConfigurableGPT(tiny(arch_preset="bert")).double().eval()
+    # Every token is of segment A: the vector of that segment is the same at every position and goes into their table.
+    before, embeddings = oracle(tokens()).logits, oracle.bert.embeddings
+    with torch.no_grad():
+        embeddings.position_embeddings.weight += embeddings.token_type_embeddings.weight[0]
+        embeddings.token_type_embeddings.weight[0] = 0
+    torch.testing.assert_close(oracle(tokens()).logits, before, rtol=1e-12, atol=1e-12)
+
+    parts = {
+        "embedding_norm": ["bert.embeddings.LayerNorm"], "head_transform.norm": ["cls.predictions.transform.LayerNorm"],
+        "head_transform.dense": ["cls.predictions.transform.dense"],
+    }  # fmt: skip
+    for i in range(2):
+        layer, attention = f"bert.encoder.layer.{i}", f"bert.encoder.layer.{i}.attention"
+        parts |= {
+            f"blocks.{i}.mixer.qkv": [f"{attention}.self.{name}" for name in ("query", "key", "value")],
+            f"blocks.{i}.mixer.out": [f"{attention}.output.dense"],
+            f"blocks.{i}.mixer_norm": [f"{attention}.output.LayerNorm"],
+            f"blocks.{i}.ffn.up": [f"{layer}.intermediate.dense"], f"blocks.{i}.ffn.down": [f"{layer}.output.dense"],
+            f"blocks.{i}.ffn_norm": [f"{layer}.output.LayerNorm"],
+        }  # fmt: skip
+    wholes = {
+        "token_embedding.weight": ["bert.embeddings.word_embeddings.weight"], "head.bias": ["cls.predictions.bias"],
+        "position_embedding.table.weight": ["bert.embeddings.position_embeddings.weight"],
+    }  # fmt: skip
+    wholes |= {f"{our}.{kind}": [f"{name}.{kind}" for name in their] for our, their in parts.items()
+               for kind in ("weight", "bias")}  # fmt: skip
+    names = {our: lambda tensors, their=their: torch.cat([tensors[name] for name in their])
+             for our, their in wholes.items()}  # fmt: skip
+    compare_with(oracle, ours, names, tokens(), rtol=1e-9, atol=1e-9)
+
+    # and through the objective, which sees the hidden places alone
+    places = torch.tensor([[1, 4, 13], [0, 7, 8]])
+    labels = torch.full((2, 16), IGNORE_INDEX).scatter(1, places, tokens().gather(1, places))
+    batch = {"inputs": tokens().scatter(1, places, V - 1), "targets": tokens().gather(1, places), "places": places}
+    oracle.zero_grad(), ours.zero_grad()
+    theirs = oracle(batch["inputs"], labels=labels).loss
+    sums = MaskedLM(ours, TrainConfig())(batch)
+    torch.testing.assert_close(sums["loss"] / sums["tokens"], theirs, rtol=1e-9, atol=1e-9)
+    theirs.backward(), (sums["loss"] / sums["tokens"]).backward()
+    their_gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, names[name](their_gradients), rtol=1e-9, atol=1e-9)
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------
@@ -421,7 +483,10 @@ def test_a_mixer_of_ones_own_trains_and_generates_for_ever(tiny, shift):
     ({"block_pattern": "shift", "position_encoding": "rope"}, ["position_encoding='rope'", "block_pattern='shift'"]),
     ({"block_pattern": "shift", "position_encoding": "alibi"}, ["position_encoding='alibi'", "block_pattern='shift'"]),
     ({"block_pattern": "attention,shift", "causal": False}, ["causal=False", "'shift'", "block_pattern='attention,s"]),
-], ids=["rope", "alibi", "both-ways"])  # fmt: skip
+    ({"block_pattern": "attention+shift", "causal": False}, ["causal=False", "'shift'", "block_pattern='attention+s"]),
+    ({"block_pattern": "shift", "sliding_window": 4}, ["sliding_window=4", "'attention'", "block_pattern='shift'"]),
+    ({"hybrid_local_window": 8}, ["hybrid_local_window=8", "'local_attention'", "block_pattern='attention'"]),
+], ids=["rope", "alibi", "both-ways", "both-ways-side-by-side", "window", "local-window"])  # fmt: skip
 def test_parts_that_do_not_go_together_are_refused_with_both_settings(tiny, shift, changes, words):
     with pytest.raises(UserError) as refusal:
         ConfigurableGPT(tiny(**changes))
