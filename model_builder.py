@@ -320,7 +320,8 @@ def check_parts(config):
     if encoding.acts_in_attention and not any(config.position_encoding in m.positions for m in mixers.values()):
         raise UserError(
             f"position_encoding='{config.position_encoding}' acts inside attention and "
-            f"block_pattern='{config.block_pattern}' has none in n_layer={config.n_layer}; use 'none' or 'learned_absolute'"
+            f"block_pattern='{config.block_pattern}' has none in n_layer={config.n_layer}; "
+            "use 'none' or 'learned_absolute'"
         )
 
     for name, value in unused_options(config).items():
