@@ -73,7 +73,7 @@ def make_run(runs_dir, name, summary=(), metrics=True, **changes):
 def set_field(config, path, value):
     """set_field(config, 'dataset__name', 'x'); a name without a section is looked up in the two settings sections."""
     *sections, name = path.split("__")
-    if not sections and name not in config:
+    if not sections and name not in config and name != "state":
         sections = ["model_config" if name in config["model_config"] else "training_config"]
     for section in sections:
         config = config[section]
