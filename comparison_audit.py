@@ -8,6 +8,7 @@ A difference is weighed once, in CHECKS: it may keep runs out of one ranking, vo
 their speed, or only be good to know.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -269,7 +270,7 @@ def session_changes(run):
     sessions = [each for each in earlier if isinstance(each, dict)] if isinstance(earlier, list) else []
     sessions += [run.config] if sessions else []
     changes = []
-    for before, after in zip(sessions, sessions[1:], strict=False):
+    for before, after in itertools.pairwise(sessions):
         for claims, read in SESSION_TABLES:
             tables = [read(before), read(after)]
             changes += [(claims, f"{name} {setting_text(tables[0], name)} -> {setting_text(tables[1], name)}")
@@ -312,24 +313,11 @@ def honesty_findings(runs):
     if dirty:
         consequence = "the commit does not tell the code that ran"
         found.append(Finding("git", "note", consequence, {"uncommitted changes": dirty}))
-    found += twin_findings(runs)
     for check in CHECKS:
         silent = [run.name for run in runs if check.severity == "voids" and check.read(run) in (None, "?")]
         if silent and len(silent) == len(runs):
             found.append(Finding(check.what, "warns", "cannot be checked", {"not recorded": silent}))
     return found
-
-
-def twin_findings(runs):
-    """One configuration and seed, run or copied more than once."""
-    twins = defaultdict(list)
-    for run in runs:
-        if run.is_finished:
-            twins[configuration_key(run), key_of(run.seed)].append(run)
-    values = {f"seed {same[0].seed}: {same[0].name}": [run.name for run in same]
-              for same in twins.values() if len(same) > 1}  # fmt: skip
-    return [Finding("one run twice", "note", "the same configuration and seed: counted once, by its mean", values)
-            ] if values else []  # fmt: skip
 
 
 def has_complete_seeds(runs):
@@ -368,7 +356,7 @@ class Voids:
         self.known = {}
 
     def between(self, first, second, claim=LOSS):
-        """['tokens differ', 'the logs of a contradict each other', ...]: what voids this kind of claim, [] if nothing."""
+        """['tokens differ', 'the logs of a contradict each other', ...]: what voids this kind of claim."""
         facts, other_facts = self.facts(first), self.facts(second)
         differing = [what for what, claims, values in facts["checks"]
                      if claim in claims and values != other_facts["values"][what]]  # fmt: skip

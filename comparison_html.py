@@ -2,8 +2,8 @@
 
     write_html(rankings, analyses, problems, folder / 'report.html', command)
 
-Style, charts and numbers are in the file, which runs no script and may load nothing (its Content-Security-Policy says so).
-It follows the reader's light or dark setting and fits a phone: charts are small multiples, tables scroll in themselves.
+Style, charts and numbers are in the file. It runs no script and may load nothing: its Content-Security-Policy says so.
+It follows the reader's light or dark setting and fits a phone: charts are small multiples, wide tables scroll.
 """
 
 import html
@@ -28,11 +28,13 @@ from comparison_svg import (
     tokens_number,
 )
 from comparison_words import (
+    amount_text,
     best_pair_section,
     component_section,
     cost_section,
     finding_sections,
     pareto_section,
+    ratio_words,
     rules_section,
     scaling_section,
     stability_section,
@@ -171,8 +173,8 @@ def rules_part(ranking):
         text += tag("p", "The audit held every pair of runs against every check and found nothing that voids a claim.")
     notes = finding_sections(ranking, "note", 6)
     if notes:
-        text += tag("details", tag("summary", f"{sum(len(rows) for _, _, rows in notes)} differences worth knowing")
-                    + words(notes, "h4"))  # fmt: skip
+        n = sum(len(rows) for _, _, rows in notes)
+        text += tag("details", tag("summary", f"{n} difference{'s' * (n != 1)} worth knowing") + words(notes, "h4"))
     return text
 
 
@@ -182,7 +184,7 @@ def verdict_part(ranking, analysis):
 
 
 def table_part(ranking):
-    columns = ranking.columns
+    columns = sorted(ranking.columns, key=lambda column: column.name != ranking.loss_column)  # what it is about first
     headers = ["#", "run", "claim", *(f">{escape(column.title)}" for column in columns), "architecture"]
     rows = []
     for place, each in ranking.places():
@@ -219,28 +221,36 @@ def pairs_part(ranking):
         if chart
         else ""
     )
-    pairs = list(ranking.pairs.values())
+    with_best = [pair for pair in ranking.pairs.values() if best in (pair.first, pair.second)]
+    others = [pair for pair in ranking.pairs.values() if best not in (pair.first, pair.second)]
+    return tag("p", pairs_told(ranking)) + figure + pairs_table(ranking, with_best) + other_pairs(ranking, others)
+
+
+def pairs_told(ranking):
+    n = ranking.n_tested
+    if not n:
+        return "No two rows can be tested against each other, so no claim about a difference can be made."
+    return ("Paired by seed: second minus first, with the 95% interval of each difference by itself. The p-values are "
+            f"corrected together, by Holm's method over {n} tested pair{'s' * (n != 1)}; what does not stay under 0.05 "
+            "is not separable.")  # fmt: skip
+
+
+def pairs_table(ranking, pairs):
+    numbers, headers = ranking.numbers(), ["first", "second", ">second - first", ">p (Holm)", "verdict", "because"]
     rows = [[escape(f"{numbers[pair.first]} {pair.first.label}"), escape(f"{numbers[pair.second]} {pair.second.label}"),
              numbers_of(pair.difference) if pair.difference.n else "-",
              "-" if pair.p_holm is None else p_text(pair.p_holm), badge(pair.verdict), escape(", ".join(pair.voids))]
             for pair in pairs[:MAX_PAIRS]]  # fmt: skip
-    n_tested = max((pair.n_tested for pair in pairs), default=0)
-    told = ("Paired by seed: second minus first, with the 95% interval of each difference by itself. The p-values are "
-            f"corrected together, by Holm's method over {n_tested} tested pair{'s' * (n_tested != 1)}; what does not "
-            "stay under 0.05 is not separable.")  # fmt: skip
-    if not n_tested:
-        told = "No pair has two seeds in common that saw the same tokens, so no claim about a difference can be made."
-    more = (
-        tag("p", f"{len(pairs) - MAX_PAIRS} more pairs are in pairs.csv.", class_="small")
-        if len(pairs) > MAX_PAIRS
-        else ""
-    )
-    return (
-        tag("p", told)
-        + figure
-        + table(["first", "second", ">second - first", ">p (Holm)", "verdict", "because"], rows)
-        + more
-    )
+    if not any(pair.voids for pair in pairs[:MAX_PAIRS]):
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
+    hidden = len(pairs) - MAX_PAIRS
+    return table(headers, rows) + (tag("p", f"{hidden} more are in pairs.csv.", class_="small") if hidden > 0 else "")
+
+
+def other_pairs(ranking, pairs):
+    if not pairs:
+        return ""
+    return tag("details", tag("summary", f"The other {len(pairs)} pairs") + pairs_table(ranking, pairs))
 
 
 # -- curves
@@ -264,11 +274,12 @@ def curves_part(ranking, analysis, log_x):
             absent.append(axis)
             continue
         title = f"{WHAT[ranking.loss_column]} against {axis}".replace("final ", "").capitalize()
-        charts.append(("", line_chart(series, axis if axis == "tokens" else f"training {axis}", loss_name(ranking), limits,
-                                      title, log_x, AXIS_TEXT.get(axis, plain_number), analysis.target)))  # fmt: skip
+        x_label, x_text = axis if axis == "tokens" else f"training {axis}", AXIS_TEXT.get(axis, plain_number)
+        chart = line_chart(series, x_label, loss_name(ranking), limits, title, log_x, x_text, analysis.target)
+        charts.append(("", chart))
     told = ["Lines are means over seeds, bands reach from the lowest seed to the highest."]
     if analysis.target is not None:
-        told.append(f"The dashed line is the loss of {analysis.target:.4f} that costs are about.")
+        told.append(f"The dotted line is the loss of {analysis.target:.4f} that costs are about.")
     if len(ranking.configurations) > MAX_LINES:
         told.append(f"The first {MAX_LINES} of {len(ranking.configurations)} rows are drawn.")
     if "joules" in absent:
@@ -298,28 +309,38 @@ def series_of(ranking, configuration, index, curves, axis):
 
 def costs_part(ranking, analysis):
     """What each needed to reach the target, as a table."""
-    sections = cost_section(ranking, analysis, 40)
+    sections = cost_section(ranking, analysis, 1)
     if not sections:
         return ""
-    ((heading, _, rows),) = sections
+    heading = sections[0][0]
+    numbers = ranking.numbers()
     body = []
-    for name, said in rows:
-        cells = [*map(escape, said.split(" · ")), *[""] * len(analysis.axes)][: len(analysis.axes)]
+    for costs in analysis.costs[:MAX_RUNS]:
+        cells = [cost_cell(ranking, analysis, costs, axis) for axis in analysis.axes]
+        n, reached = len(costs.configuration.seeds), costs.n_reached
+        name = f"{numbers[costs.configuration]} {costs.configuration.label}"
+        name += f" ({reached} of {n} seeds reached it)" if reached < n else ""
         body.append([escape(name), *cells])
     told = "Interpolated between evaluations; ± is the standard deviation over seeds, ratios are paired by seed."
-    return tag("p", escape(f"{heading}. {told}")) + table(["run", *analysis.axes], body, "wordy")
+    return tag("p", escape(f"{heading}. {told}")) + table(["run", *analysis.axes], body)
+
+
+def cost_cell(ranking, analysis, costs, axis):
+    """The amount, and under it the ratio."""
+    ratio = ratio_words(ranking, analysis, costs, axis).strip(" ()")
+    return escape(amount_text(costs, axis)) + (f"<br><small>{escape(ratio)}</small>" if ratio else "")
 
 
 def order_part(ranking, analysis):
     sections = stability_section(ranking, analysis)
     order = analysis.order
     if order is None or len(ranking.ranked) < 3:
-        return words(sections)
+        return words(sections, "p")
     known = [(tokens, tau) for tokens, tau in zip(order.tokens, order.taus, strict=True) if tau is not None]
     line = Series("agreement", 0, [tokens for tokens, _ in known], [tau for _, tau in known])
-    chart = line_chart([line], "tokens", "Kendall's tau with the final order", (-1.05, 1.05), "Agreement with the final order",
-                       x_text=tokens_number)  # fmt: skip
-    return words(sections) + figures([("", chart)])
+    title = "Kendall's tau with the final order"
+    chart = line_chart([line], "tokens", title, (-1.05, 1.05), title, x_text=tokens_number)
+    return words(sections, "p") + figures([("", chart)])
 
 
 def pareto_part(ranking, analysis):
@@ -331,14 +352,26 @@ def pareto_part(ranking, analysis):
         if front.why_not:
             continue
         drawn = [point for point in front.points if point[0] > 0][:40]
-        points = [(cost, loss, f"{color[each] + 1} {each.label}", color[each]) for cost, loss, each in drawn]
+        unit, size = unit_of(front.column, [cost for cost, _, _ in drawn])
+        points = [(cost / size, loss, f"{color[each] + 1} {each.label}", color[each]) for cost, loss, each in drawn]
         on_it = [index for index, point in enumerate(drawn) if point[2] in front.members]
         on_it.sort(key=lambda index: points[index][0])
         if points:
             charts.append(
-                ("", scatter_chart(points, on_it, front.title, loss_name(ranking), f"Loss against {front.title}"))
+                (
+                    "",
+                    scatter_chart(points, on_it, front.title + unit, loss_name(ranking), f"Loss against {front.title}"),
+                )
             )
-    return words(pareto_section(ranking, analysis)) + figures(charts)
+    return words(pareto_section(ranking, analysis), "p") + figures(charts)
+
+
+def unit_of(column, values):
+    """(', MiB', 2**20) for bytes, in the largest unit that leaves the largest value above one; ('', 1) for the rest."""
+    if not column.endswith("_bytes") or not values:
+        return "", 1
+    power = min(3, max(0, int(math.log2(max(values))) // 10))
+    return f", {('bytes', 'KiB', 'MiB', 'GiB')[power]}", 2 ** (10 * power)
 
 
 def effects_part(ranking):
@@ -354,7 +387,7 @@ def effects_part(ranking):
     if rows:
         text = tag("p", "Two rows that differ in this one component and in nothing else, training included.")
         text += table(["component", "from", "to", ">change of the loss", "verdict"], rows)
-    return text + words(best_pair_section(ranking, effects)) + words(component_section(ranking, 8))
+    return text + words(best_pair_section(ranking, effects), "p") + words(component_section(ranking, 8))
 
 
 def scaling_part(analysis):
@@ -366,7 +399,7 @@ def scaling_part(analysis):
     if sizes:
         charts.append(("", law_chart(analysis.laws)))
     charts += [("", iso_chart(each)) for each in analysis.laws if each.iso_flops]
-    return words(scaling_section(analysis)) + figures(charts)
+    return words(scaling_section(analysis), "p") + figures(charts)
 
 
 def law_chart(laws):
@@ -386,8 +419,8 @@ def iso_chart(laws):
     lines = [Series(f"{plain_number(iso.flops)} FLOPs", index, iso.sizes, iso.losses)
              for index, iso in enumerate(laws.iso_flops)]  # fmt: skip
     values = [loss for line in lines for loss in line.y]
-    return line_chart(lines, "parameters", "loss", padded(values), f"{laws.family.label}: same FLOPs, other sizes", True,
-                      tokens_number)  # fmt: skip
+    title = f"{laws.family.label}: same FLOPs, other sizes"
+    return line_chart(lines, "parameters", "loss", padded(values), title, True, tokens_number)
 
 
 # -- one section for each configuration

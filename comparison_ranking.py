@@ -98,8 +98,8 @@ COLUMNS = (
     Column("mfu", "MFU", percent, "higher"),
     Column("peak_memory_bytes", "memory", mebibytes, "lower", max),
     Column("non_finite_steps", "NaN\nsteps", whole, "lower", sum),
-    Column("hours", "hours", hours, "lower"),
     Column("state_bytes", "state", kibibytes, "lower"),
+    Column("hours", "hours", hours, "lower"),
 )
 COLUMN = {column.name: column for column in COLUMNS}
 LOSSES = ("final_val_loss", "best_val_loss", "bits_per_byte", "pseudo_perplexity")
@@ -107,6 +107,7 @@ LOSSES = ("final_val_loss", "best_val_loss", "bits_per_byte", "pseudo_perplexity
 # many are hidden, and is no loss of a text.
 LOSSES_BESIDE = {"final_val_loss": LOSSES[:3], "pseudo_perplexity": ("pseudo_perplexity",)}
 OF_ONE_OBJECTIVE = ("pseudo_perplexity", "masked_accuracy")  # shown where some run has them
+SAME_SIZE = 1.25  # configurations whose parameters are within this ratio are of one size
 MAX_PAIRED = 60  # rows that are all held against each other: 1,770 pairs
 NOT_ALWAYS = (*OF_ONE_OBJECTIVE, "state_bytes")
 # In a narrow terminal a row takes two lines, and each of these pairs is one column.
@@ -160,6 +161,12 @@ def name_of(configuration):
     return f"{configuration.label} ({n} seeds)" if n > 1 else f"{configuration.label} (one seed, {n_runs} runs)"
 
 
+def alike_in_size(one, other):
+    """Whether two configurations are near enough in parameters to be rivals; True where that is not recorded."""
+    sizes = [value_of(each, "parameters") for each in (one, other)]
+    return not all(sizes) or max(sizes) <= SAME_SIZE * min(sizes)
+
+
 # -- pairs
 
 
@@ -191,6 +198,8 @@ class Pair:
     @property
     def text(self):
         """'+0.0110 ± 0.0025 over 3 seeds: separable (p 0.008)', or why nothing can be claimed."""
+        if self.difference.n == 1 and not self.voids:
+            return numbers_of(self.difference)  # which says that it is one seed
         return f"{numbers_of(self.difference)}: {self.claim}" if self.difference.n else self.claim
 
     @property
@@ -202,8 +211,7 @@ class Pair:
             return "not paired: no seed in common with the same batch stream"
         if self.difference.n == 1:
             return "no claim from one seed"
-        many = f" after Holm's correction over {self.n_tested} pairs" if self.n_tested > 1 else ""
-        return f"{self.verdict} (p {p_text(self.p_holm)}{many})"
+        return f"{self.verdict} (p {p_text(self.p_holm)})"
 
 
 def numbers_of(difference):
@@ -214,7 +222,7 @@ def numbers_of(difference):
 
 
 def p_text(p):
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
 
 
 def judged(pairs, column, voids):
@@ -266,10 +274,20 @@ class Ranking:
         """The Pair of two ranked configurations, whichever is placed better."""
         return self.pairs[(one, other)] if (one, other) in self.pairs else self.pairs[(other, one)]
 
+    @property
+    def n_tested(self):
+        """How many pairs Holm's correction ran over."""
+        return next((pair.n_tested for pair in self.pairs.values()), 0)
+
+    @functools.cached_property
+    def by_loss(self):
+        """The ranked configurations, lowest loss first, whatever the table is sorted by."""
+        return in_order(self.ranked, self.loss_column)[0] or self.ranked
+
     @functools.cached_property
     def best(self):
         """The ranked configuration with the lowest loss: what the others are held against."""
-        return (in_order(self.ranked, self.loss_column)[0] or [None])[0]
+        return next(iter(self.by_loss), None)
 
     def claim(self, configuration):
         """What the row may claim against the best, in a few words."""

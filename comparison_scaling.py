@@ -8,6 +8,7 @@ that a run's config.json counted. L(N) is fitted to final losses. L(C) is fitted
 curves over sizes, their approach 1: the lowest loss that any size reached for C FLOPs.
 """
 
+import itertools
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from comparison_curves import curve
+from comparison_ranking import SAME_SIZE
 from comparison_runs import key_of, number
 from comparison_stats import kendall_tau
 
@@ -23,14 +25,13 @@ MIN_SIZES = 3
 SIZES_FOR_FLOOR = 4  # points below which E cannot be told from the rest
 EXPONENTS = np.geomspace(0.005, 3, 800)
 RESAMPLES = 400
-SAME_TIER = 1.25  # sizes whose parameters are within this ratio of the next are one tier
 
 
 # -- Pareto
 
 
 def pareto_front(costs, losses):
-    """Indices, by rising cost, of the points that no other beats in both cost and loss; missing values are never on it."""
+    """Indices, by rising cost, of the points that no other beats in both cost and loss; None is never on it."""
     points = [(cost, loss, index) for index, (cost, loss) in enumerate(zip(costs, losses, strict=True))
               if cost is not None and loss is not None]  # fmt: skip
     front, lowest = [], np.inf
@@ -60,7 +61,7 @@ class PowerLaw:
 
 
 def fit_power_law(x, losses, has_floor=None):
-    """Least squares in the loss. For each exponent the rest is linear; the exponent is searched on a grid, then refined.
+    """Least squares in the loss. For each exponent the rest is linear; the exponent is searched on a grid, and refined.
 
     Args:
         has_floor: whether E is fitted; None fits it from SIZES_FOR_FLOOR distinct x on.
@@ -201,14 +202,14 @@ def loss_at_flops(run, column, flops):
 def flops_range(family, column):
     """(lowest, highest) FLOPs that at least MIN_SIZES sizes have passed; None where there is no such stretch.
 
-    The first twentieth of each run is left out: there the loss falls from ln(vocabulary) and not by a power law.
+    The first fiftieth of each run is left out: there the loss falls from ln(vocabulary) and not by a power law.
     """
     spans = []
     for each in family.members:
         ends = [[cost for cost in curve(run, column)["FLOPs"] if cost] for run in each.runs]
         if all(len(costs) > 1 for costs in ends):
             last = min(costs[-1] for costs in ends)
-            spans.append((max(last / 20, *(costs[0] for costs in ends)), last))
+            spans.append((max(last / 50, *(costs[0] for costs in ends)), last))
     if len(spans) < MIN_SIZES:
         return None
     lowest = sorted(first for first, _ in spans)[MIN_SIZES - 1]
@@ -293,7 +294,7 @@ def tiers(found):
     members.sort(key=lambda member: number(member[0]))
     result, before = [], None
     for size, family, each in members:
-        if before is None or size > before * SAME_TIER:
+        if before is None or size > before * SAME_SIZE:
             result.append({})
         result[-1].setdefault(family, each)
         before = size
@@ -304,7 +305,7 @@ def order_across_sizes(configurations, column):
     """[(smaller tier, larger tier, families in both, tau), ...] for neighbouring tiers that share two families."""
     found = []
     levels = tiers(families(configurations))
-    for small, large in zip(levels, levels[1:], strict=False):
+    for small, large in itertools.pairwise(levels):
         shared = [family for family in small if family in large]
         if len(shared) > 1:
             scores = [[level[family].estimate(column).mean for family in shared] for level in (small, large)]

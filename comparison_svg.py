@@ -2,19 +2,19 @@
 
     line_chart([Series('1 llama', 0, x, y, low, high)], 'tokens', 'loss', y_limits=(1.8, 3))
 
-Every chart is drawn for a place about 400 pixels wide, so that its letters are as large on a phone as on a desk. Colours
-are classes (`c0`, `c1`, ...) that the page's style sheet gives, once for light and once for dark.
+Every chart is drawn for a place about 400 pixels wide, so that its letters are as large on a phone as on a desk.
+Colours are classes (`c0`, `c1`, ...) that the page's style sheet gives, once for light and once for dark.
 """
 
 import html
 import math
 from dataclasses import dataclass, field
 
-WIDTH, HEIGHT = 420, 280
-LEFT, TOP, BOTTOM = 52, 12, 42
-LABEL_ROOM = 104  # to the right of the lines, for their names
+WIDTH, HEIGHT = 380, 270
+LEFT, TOP, BOTTOM = 54, 12, 44
+LABEL_ROOM = 106  # to the right of the lines, for their names
 N_COLORS = 7
-LETTER = 6.1  # pixels a letter of a label takes
+LETTER = 7.8  # pixels a letter of a label takes
 
 
 @dataclass
@@ -146,7 +146,7 @@ def axes(x_scale, y_scale, x_label, y_label, x_text, y_text):
         parts.append(text(x, bottom + 16, x_text(tick), text_anchor="middle"))
     parts.append(element("line", x1=number(x_scale.start), x2=number(right), y1=number(bottom), y2=number(bottom),
                          class_="a"))  # fmt: skip
-    parts.append(text((x_scale.start + right) / 2, bottom + 34, x_label, text_anchor="middle", class_="t"))
+    parts.append(text((x_scale.start + right) / 2, bottom + 36, x_label, text_anchor="middle", class_="t"))
     middle = (y_scale.start + y_scale.end) / 2
     parts.append(text(12, middle, y_label, text_anchor="middle", class_="t", transform=f"rotate(-90 12 {middle:.1f})"))
     return "".join(parts)
@@ -183,8 +183,8 @@ def color_class(index):
 
 
 def line_chart(series, x_label, y_label, y_limits, title, is_log=False, x_text=plain_number, marker=None):
-    """Lines named at their right ends. `marker` is a y at which a thin line is drawn across, such as a target."""
-    right = WIDTH - LABEL_ROOM
+    """Lines named at their right ends, a single one by the title alone. `marker` is a y that is marked, as a target."""
+    right = WIDTH - (LABEL_ROOM if len(series) > 1 else 24)
     values = [x for each in series for x in each.x if not is_log or x > 0]
     low, high = (min(values), max(values)) if is_log else (0, max(values))
     x_scale = Scale(low, high, LEFT, right, is_log and high > low)
@@ -196,7 +196,7 @@ def line_chart(series, x_label, y_label, y_limits, title, is_log=False, x_text=p
     box = LEFT, TOP - 4, right - LEFT + 3, HEIGHT - BOTTOM - TOP + 5
     inside = dict(zip(("x", "y", "width", "height"), box, strict=True))  # an inner svg cuts off what lies outside it
     drawn = axes(x_scale, y_scale, x_label, y_label, x_text, plain_number)
-    drawn += element("svg", body, **inside, viewBox=" ".join(map(str, box))) + end_labels(series, y_scale, right)
+    drawn += element("svg", body, **inside, viewBox=" ".join(map(str, box))) + end_labels(series, x_scale, y_scale)
     return picture(drawn, title)
 
 
@@ -214,21 +214,23 @@ def line_with_band(series, x_scale, y_scale):
     return drawn
 
 
-def end_labels(series, y_scale, right):
-    """Names at the right ends, moved apart, each with a thin line to its curve's end."""
+def end_labels(series, x_scale, y_scale):
+    """Names at the right, moved apart, each with a thin line to its curve's end; none where there is one curve."""
     ends = [(each, y_scale(min(max(each.y[-1], y_scale.low), y_scale.high))) for each in series if each.y]
-    drawn = ""
+    drawn, right = "", x_scale.end
     for (each, y), place in zip(ends, spread_out([y for _, y in ends]), strict=True):
         color = color_class(each.color)
-        path = f"M{right + 2:.1f} {y:.1f}L{right + 8:.1f} {place:.1f}"
+        path = f"M{x_scale(each.x[-1]) + 2:.1f} {y:.1f}L{right + 8:.1f} {place:.1f}"
         drawn += element("path", d=path, class_=f"k {color}")
-        drawn += text(right + 10, place + 3.5, cut(each.name, LABEL_ROOM - 10), class_=f"n {color}")
-    return drawn
+        drawn += text(right + 11, place + 3.5, cut(each.name, LABEL_ROOM - 12), class_=f"n {color}")
+    return drawn if len(series) > 1 else ""
 
 
 def scatter_chart(points, front, x_label, y_label, title, x_text=plain_number):
-    """Points (x, y, name, colour), named beside them; those whose index is in `front` are filled and joined in steps."""
-    x_scale = Scale(*padded_log([x for x, *_ in points]), LEFT, WIDTH - 14, True)
+    """Points (x, y, name, colour), with their names; those at the indices in `front` are filled and joined in steps."""
+    costs = [x for x, *_ in points]
+    is_log = max(costs) > 5 * min(costs)
+    x_scale = Scale(*(padded_log(costs) if is_log else padded(costs, 0.15)), LEFT, WIDTH - 14, is_log)
     y_scale = Scale(*padded([y for _, y, *_ in points], 0.12), HEIGHT - BOTTOM, TOP)
     drawn = axes(x_scale, y_scale, x_label, y_label, x_text, plain_number)
     corners = []
@@ -238,7 +240,8 @@ def scatter_chart(points, front, x_label, y_label, title, x_text=plain_number):
         corners.append((x, y))
     if len(corners) > 1:
         drawn += element("path", d=path_of(x_scale, y_scale, corners), class_="f")
-    for index, (x, y, name, color) in enumerate(points):
+    for index in sorted(range(len(points)), key=lambda index: index in front):  # the front on top
+        x, y, name, color = points[index]
         kind = "p on" if index in front else "p"
         inside = element("title", html.escape(f"{name}: {x_text(x)}, {y:.4f}"))
         drawn += element("circle", inside, cx=number(x_scale(x)), cy=number(y_scale(y)), r=5,
@@ -277,7 +280,7 @@ def overlap(one, other):
 def interval_chart(rows, x_label, title):
     """Rows (name, middle, half width or None, colour) under each other, with a line at zero."""
     height = TOP + 26 * len(rows) + BOTTOM
-    left = min(150, 14 + LETTER * max(len(name) for name, *_ in rows))
+    left = min(150, 20 + LETTER * max(len(name) for name, *_ in rows))
     ends = [middle + side * (half or 0) for _, middle, half, _ in rows for side in (-1, 1)]
     x_scale = Scale(*padded([*ends, 0.0]), left, WIDTH - 14)
     bottom = height - BOTTOM

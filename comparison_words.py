@@ -10,12 +10,13 @@ from comparison_analysis import ratio_to
 from comparison_audit import CHECKS, audit
 from comparison_ranking import (
     WHAT,
+    alike_in_size,
     component_effects,
     count,
     hours,
-    in_order,
     score_of,
     si,
+    value_of,
 )
 from comparison_runs import differing_fields, setting_text, some
 
@@ -137,7 +138,7 @@ def claim_section(ranking, limit):
         return []
     best, numbers = ranking.best, ranking.numbers()
     column = ranking.loss_column
-    others = [each for each in in_order(ranking.ranked, column)[0] if each is not best]
+    others = [each for each in ranking.by_loss if each is not best]
     if all(len(each.seeds) < 2 for each in ranking.ranked):
         void = [(f"{numbers[each]} {each.label}", ranking.claim(each)) for each in others[:limit]
                 if ranking.pair(best, each).voids]  # fmt: skip
@@ -145,7 +146,8 @@ def claim_section(ranking, limit):
     rows = [(f"{numbers[each]} {each.label}", signed(ranking.pair(best, each), each)) for each in others[:limit]]
     if len(others) > limit:
         rows.append((f"and {len(others) - limit} more", "in summary_table.md"))
-    return [(f"Difference from {numbers[best]} {best.label}, paired by seed, {WHAT[column]}", "bold", rows)]
+    over = f", p by Holm's correction over {ranking.n_tested} pairs" if ranking.n_tested > 1 else ""
+    return [(f"Difference from {numbers[best]} {best.label}, paired by seed, {WHAT[column]}{over}", "bold", rows)]
 
 
 def signed(pair, of):
@@ -158,19 +160,31 @@ def signed(pair, of):
 
 def verdict_section(ranking, analysis, limit=6):
     """What a reader may take away, in sentences."""
-    sentences = lead(ranking) + ties(ranking, limit) + cost_sentences(ranking, analysis, limit)
+    rivals = rivals_of_best(ranking)
+    sentences = lead(ranking, rivals) + ties(ranking, limit) + cost_sentences(ranking, analysis, rivals, limit)
     return [("Verdict", "bold", [(sentence, "") for sentence in sentences])] if sentences else []
 
 
-def lead(ranking):
+def rivals_of_best(ranking):
+    """The ranked configurations of the best one's size; all, where nobody else has that size."""
+    others = [each for each in ranking.ranked if each is not ranking.best]
+    return [each for each in others if alike_in_size(ranking.best, each)] or others
+
+
+def lead(ranking, rivals):
     """Who is best, whom it can be told from, and what is void."""
     if not ranking.ranked:
         status = some(sorted({f"{run.name} ({run.status})" for run in ranking.runs}), 5)
         return [f"Nothing can be ranked: no run has finished with a finite {WHAT[score_of(ranking.runs)]}: {status}."]
     best, column = ranking.best, ranking.loss_column
+    if best.estimate(column).n == 0:
+        return [f"No run has a finite {WHAT[column]}: nothing can be claimed."]
     sentences = [f"{best.label} has the lowest {WHAT[column]}: {interval_text(best, column)}."]
     others = [each for each in ranking.ranked if each is not best]
-    apart = [each.label for each in others if ranking.pair(best, each).verdict == "separable"]
+    if len(rivals) < len(others):
+        size = count(value_of(best, "parameters"))
+        sentences.append(f"Its rivals at about {size} parameters: {some([each.label for each in rivals], 6)}.")
+    apart = [each.label for each in rivals if ranking.pair(best, each).verdict == "separable"]
     if apart:
         sentences.append(f"It is separable from {some(apart, 6)}.")
     if others and all(len(each.seeds) < 2 for each in ranking.ranked):
@@ -194,22 +208,24 @@ def interval_text(configuration, column):
 
 
 def ties(ranking, limit):
-    """'dense and hybrid are not separable', for the pairs among the first rows."""
+    """'dense and hybrid are not separable', for pairs of one size, the best placed first."""
     pairs = [pair for pair in ranking.pairs.values() if pair.verdict == "not separable"]
-    sentences = [f"{pair.first.label} and {pair.second.label} are not separable." for pair in pairs[:limit]]
-    return sentences + ([f"Nor are {len(pairs) - limit} more pairs."] if len(pairs) > limit else [])
+    pairs = [pair for pair in pairs if alike_in_size(pair.first, pair.second)] or pairs
+    names = [f"{pair.first.label} and {pair.second.label}" for pair in pairs]
+    more = f", and {len(names) - limit} more pairs" if len(names) > limit else ""
+    others = f"; nor are {', '.join(names[1:limit])}{more}" if len(names) > 1 else ""
+    return [f"{names[0]} are not separable{others}."] if names else []
 
 
-def cost_sentences(ranking, analysis, limit):
+def cost_sentences(ranking, analysis, rivals, limit):
     """'mamba2 needs 0.83x the tokens and 1.31x the hours of llama to reach 3.5000'."""
     costs = {each.configuration: each for each in analysis.costs}
     if ranking.best not in costs:
         return []
     sentences = []
-    others = [each for each in ranking.ranked if each is not ranking.best and each in costs]
-    for other in others[: limit - 2]:
+    for other in [each for each in rivals if each in costs][: limit - 2]:
         ratios = {axis: ratio_to(ranking, costs[ranking.best], costs[other], axis)[0] for axis in AMOUNT}
-        parts = [f"{ratio_text(ratio)} the {axis}" for axis, ratio in ratios.items() if ratio is not None]
+        parts = [ratio_text(ratio, axis) for axis, ratio in ratios.items() if ratio is not None]
         if parts:
             goal = f"to reach {analysis.target:.4g}"
             sentences.append(f"{ranking.best.label} needs {listed(parts)} of {other.label} {goal}.")
@@ -220,12 +236,10 @@ def listed(parts):
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
-def ratio_text(log_ratio):
-    """'0.83x', with the interval where it does not rule out 1x."""
-    text = f"{math.exp(log_ratio.mean):.2f}x"
-    if log_ratio.verdict != "not separable":
-        return text
-    return f"{text} ({ratio_range(log_ratio)}: not separable from 1x)"
+def ratio_text(log_ratio, axis):
+    """'0.83x the tokens', with the interval where it does not rule out 1x."""
+    text = f"{math.exp(log_ratio.mean):.2f}x the {axis}"
+    return f"{text} ({ratio_range(log_ratio)}, not separable)" if log_ratio.verdict == "not separable" else text
 
 
 def ratio_range(log_ratio):
@@ -288,12 +302,16 @@ def stability_section(ranking, analysis):
         rows.append(("During training", f"after {part} {tau_words(tau)}; {settled_words(order)}"))
     for small, large, shared, tau in analysis.size_orders:
         sizes = [count(max(each.runs[0].values["parameters"] for each in tier.values())) for tier in (small, large)]
-        rows.append((f"{sizes[0]} -> {sizes[1]} parameters", f"{tau_words(tau)} ({len(shared)} architectures)"))
+        rows.append((f"{sizes[0]} -> {sizes[1]} parameters", f"{tau_between(tau)} ({len(shared)} architectures)"))
     return [("Does the order hold? Kendall's tau: 1 is the same order, -1 the reverse", "bold", rows)] if rows else []
 
 
+def tau_between(tau):
+    return "everything tied" if tau is None else f"tau {tau:.2f} between the two orders"
+
+
 def tau_words(tau):
-    return "everything tied" if tau is None else f"tau {tau:.2f} with the {'same' if tau == 1 else 'final'} order"
+    return "everything tied" if tau is None else f"tau {tau:.2f} with the order at the end"
 
 
 def settled_words(order):
@@ -322,7 +340,7 @@ def scaling_section(analysis):
         for iso in each.iso_flops:
             best = "outside the sizes tried" if iso.best_size is None else f"{count(iso.best_size)} parameters"
             rows.append((f"{each.family.label}: best size for {si(iso.flops)} FLOPs", best))
-    return [("Scaling", "bold", rows)] if rows else []
+    return [("Power laws fitted to the loss, and the best size for the same FLOPs", "bold", rows)] if rows else []
 
 
 def law_text(law, letter, n_sizes):

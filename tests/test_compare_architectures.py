@@ -9,10 +9,10 @@ import pytest
 
 import compare_architectures
 from comparison_helpers import make_run
-from comparison_report import COLUMN, OF_ONE_OBJECTIVE
+from comparison_ranking import COLUMN, OF_ONE_OBJECTIVE
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["summary_table.csv", "summary_table.md"]
+FILES = ["pairs.csv", "report.html", "summary_table.csv", "summary_table.md"]
 
 
 @pytest.fixture
