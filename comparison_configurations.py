@@ -85,8 +85,15 @@ def plain_label(runs):
 
 
 def without_seed(name, seed):
-    """'llama-s1338' -> 'llama' when the seed is 1338; llama_seed=1338 and llama-1338-small lose theirs too."""
-    return re.sub(rf"(^|[-_.])(s|seed)?[-_=]?{seed}(?=$|[-_.])", "", name, count=1).strip("-_.") or name
+    """'llama-s1338' -> 'llama' when the seed is 1338; llama_seed=1338 and llama-1338-small lose theirs too.
+
+    A number that is marked as a seed goes first: llama-1-s1 is the first seed of llama-1.
+    """
+    for mark in ("(s|seed)[-_=]?", ""):
+        shorter, n_found = re.subn(rf"(^|[-_.]){mark}{seed}(?=$|[-_.])", "", name, count=1)
+        if n_found:
+            return shorter.strip("-_.") or name
+    return name
 
 
 def paired(first, second, column):

@@ -109,6 +109,11 @@ class Run:
     def evaluations(self):
         """The evaluation rows of metrics.jsonl in the order of steps; trouble with the file goes to `problems`."""
         rows, troubles = read_metrics(self.folder, kind="eval")
+        n_missing = sum(number(row.get("val_loss")) is None for row in rows)
+        if n_missing:
+            troubles.append(
+                f"metrics.jsonl: {n_missing} of {len(rows)} evaluations have no finite loss; left out of curves"
+            )
         self.problems += troubles
         return rows
 

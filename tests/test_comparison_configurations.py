@@ -15,6 +15,7 @@ from comparison_stats import Estimate
         ("llama_seed=1338", 1338, "llama"),
         ("llama-1338-small", 1338, "llama-small"),
         ("4L-llama-4", 4, "4L-llama"),
+        ("llama-1-s1", 1, "llama-1"),
         ("llama-13", 1338, "llama-13"),
         ("1338", 1338, "1338"),
     ],
