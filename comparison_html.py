@@ -184,19 +184,20 @@ def verdict_part(ranking, analysis):
 
 
 def table_part(ranking):
-    columns = sorted(ranking.columns, key=lambda column: column.name != ranking.loss_column)  # what it is about first
-    headers = ["#", "run", "claim", *(f">{escape(column.title)}" for column in columns), "architecture"]
+    """Every row: its loss first, what it may claim, then what it cost."""
+    first = next(column for column in ranking.columns if column.name == ranking.loss_column)
+    others = [column for column in ranking.columns if column is not first]
+    headers = ["#", "run", f">{escape(first.title)}", "claim", *(f">{escape(column.title)}" for column in others)]
     rows = []
     for place, each in ranking.places():
-        run = (
-            tag("a", escape(name_of(each)), href=f"#{anchor(each)}")
-            if has_section(ranking, each)
-            else escape(name_of(each))
-        )
-        rows.append([place, run, escape(ranking.claim(each)), *(escape(cell(each, column.name)) for column in columns),
+        name = escape(name_of(each))
+        run = tag("a", name, href=f"#{anchor(each)}") if has_section(ranking, each) else name
+        cells = [escape(cell(each, column.name)) for column in others]
+        rows.append([place, run, escape(cell(each, first.name)), escape(ranking.claim(each)), *cells,
                      escape(each.runs[0].values["architecture"])])  # fmt: skip
     below = "± is the 95% interval of the mean over seeds (Student's t). Sorted by "
-    return table(headers, rows, "ranking") + tag("p", escape(below + sorted_by(ranking) + "."), class_="small")
+    told = tag("p", escape(below + sorted_by(ranking) + "."), class_="small")
+    return table([*headers, "architecture"], rows, "ranking") + told
 
 
 def sorted_by(ranking):
@@ -207,7 +208,7 @@ def pairs_part(ranking):
     """Every pair with its corrected verdict, and intervals against the best."""
     if len(ranking.ranked) < 2:
         return ""
-    best, numbers = ranking.best, ranking.numbers()
+    best, numbers = ranking.best, ranking.numbers
     chart = []
     for each in ranking.ranked[: MAX_LINES + 1]:
         pair = ranking.pair(best, each) if each is not best else None
@@ -236,7 +237,7 @@ def pairs_told(ranking):
 
 
 def pairs_table(ranking, pairs):
-    numbers, headers = ranking.numbers(), ["first", "second", ">second - first", ">p (Holm)", "verdict", "because"]
+    numbers, headers = ranking.numbers, ["first", "second", ">second - first", ">p (Holm)", "verdict", "because"]
     rows = [[escape(f"{numbers[pair.first]} {pair.first.label}"), escape(f"{numbers[pair.second]} {pair.second.label}"),
              numbers_of(pair.difference) if pair.difference.n else "-",
              "-" if pair.p_holm is None else p_text(pair.p_holm), badge(pair.verdict), escape(", ".join(pair.voids))]
@@ -296,7 +297,7 @@ def series_of(ranking, configuration, index, curves, axis):
     """The mean over a configuration's runs at the token counts that all of them were evaluated at."""
     tables = [{tokens: (x, loss) for tokens, x, loss in zip(points["tokens"], points[axis], points["loss"], strict=True)
                if x is not None} for points in (curves[run] for run in configuration.runs)]  # fmt: skip
-    name = f"{ranking.numbers()[configuration].lstrip('#')} {configuration.label}"
+    name = f"{ranking.numbers[configuration].lstrip('#')} {configuration.label}"
     series = Series(name, index, [], [])
     for tokens in sorted(set.intersection(*map(set, tables))):
         xs, losses = zip(*(each[tokens] for each in tables), strict=True)
@@ -313,7 +314,7 @@ def costs_part(ranking, analysis):
     if not sections:
         return ""
     heading = sections[0][0]
-    numbers = ranking.numbers()
+    numbers = ranking.numbers
     body = []
     for costs in analysis.costs[:MAX_RUNS]:
         cells = [cost_cell(ranking, analysis, costs, axis) for axis in analysis.axes]
@@ -376,7 +377,7 @@ def unit_of(column, values):
 
 def effects_part(ranking):
     """Pairs that are one component apart, and the fields that differ at all."""
-    effects, numbers = component_effects(ranking), ranking.numbers()
+    effects, numbers = component_effects(ranking), ranking.numbers
     rows = []
     for name, worse, better, pair in effects[:MAX_PAIRS]:
         pair = pair if pair.second is better else pair.reversed()
@@ -444,14 +445,14 @@ def runs_part(ranking):
 
 
 def run_details(ranking, configuration, reference):
-    place = ranking.numbers()[configuration]
+    place = ranking.numbers[configuration]
     name = name_of(configuration) if place == configuration.label else f"{place} {name_of(configuration)}"
     rows = [[escape(run.name), escape(run.seed), escape(run.status), *run_numbers(run)] for run in configuration.runs]
     body = table(["run", ">seed", "status", ">final loss", ">tokens", ">hours", "stream", "commit", "device"], rows)
     run = configuration.runs[0]
     if run.get("command"):
         body += tag("p", tag("code", escape(run.get("command"))), class_="command")
-    body += settings_diff(configuration, reference, ranking.numbers())
+    body += settings_diff(configuration, reference, ranking.numbers)
     return tag("details", tag("summary", escape(name)) + body, id=anchor(configuration))
 
 
@@ -474,9 +475,7 @@ def settings_diff(configuration, reference, numbers):
     names = differing_fields(tables)
     if not names:
         return tag("p", "No setting differs from the best row's.", class_="small")
-    rows = [
-        [escape(name), escape(setting_text(tables[0], name)), escape(setting_text(tables[1], name))] for name in names
-    ]
+    rows = [[escape(name), *(escape(each.get(name, "-")) for each in tables)] for name in names]
     return table(["setting", "here", escape(f"{numbers[reference]} {reference.label}")], rows, "wordy")
 
 
@@ -503,5 +502,5 @@ def flattened(tree, prefix):
         if isinstance(value, dict):
             flat |= flattened(value, prefix if name == "part_options" else f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value_text(value)
+            flat[prefix + name] = f"{value:.6g}" if isinstance(value, float) else value_text(value)
     return flat

@@ -297,7 +297,7 @@ class Ranking:
             return "best" if len(self.ranked) > 1 else ""
         pair = self.pair(self.best, configuration)
         words = {"void": f"no claim: {', '.join(pair.voids)}", "one seed": "no claim: one seed"}
-        number = self.numbers()[self.best]
+        number = self.numbers[self.best]
         words |= {"separable": f"separable from {number}", "not separable": f"not separable from {number}"}
         return words.get(pair.verdict, "no claim: not paired")
 
@@ -327,6 +327,7 @@ class Ranking:
         ranked = [(str(place), each) for place, each in enumerate(self.ranked, 1)]
         return ranked + [("-", each) for each in self.unranked]
 
+    @functools.cached_property
     def numbers(self):
         """{configuration: '#1'}: how the text below the table names its rows; unranked ones go by their label."""
         return {each: each.label if place == "-" else f"#{place}" for place, each in self.places()}

@@ -90,18 +90,27 @@ def padded_log(values):
     return low / ratio, high * ratio
 
 
-def plain_number(value):
-    """A tick's text: three digits, k, M, G and so on from ten thousand, a power of ten below a thousandth."""
+def plain_number(value, digits=3):
+    """A tick's text: so many digits, k, M, G and so on from ten thousand, a power of ten below a thousandth."""
     if value == 0:
         return "0"
     for size, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9999 and (suffix != "k" or abs(value) >= 9999):
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.4g}"
+            return f"{value / size:.{digits}g}{suffix}"
+    return f"{value:.{digits + 1}g}"
 
 
-def tokens_number(value):
-    return plain_number(value).replace("G", "B")
+def tokens_number(value, digits=3):
+    return plain_number(value, digits).replace("G", "B")
+
+
+def tick_texts(ticks, text):
+    """The texts of all ticks, with as many digits as it takes to tell them apart."""
+    for digits in range(3, 10):
+        texts = [text(tick, digits) for tick in ticks]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 # -- pieces
@@ -134,16 +143,17 @@ def axes(x_scale, y_scale, x_label, y_label, x_text, y_text):
     """Grid, ticks and labels."""
     right, bottom = x_scale.end, y_scale.start
     parts = []
-    for tick in y_scale.ticks(5):
+    y_ticks, x_ticks = y_scale.ticks(5), x_scale.ticks(4)
+    for tick, said in zip(y_ticks, tick_texts(y_ticks, y_text), strict=True):
         y = y_scale(tick)
         parts.append(
             element("line", x1=number(x_scale.start), x2=number(right), y1=number(y), y2=number(y), class_="g")
         )
-        parts.append(text(x_scale.start - 6, y + 3.5, y_text(tick), text_anchor="end"))
-    for tick in x_scale.ticks(4):
+        parts.append(text(x_scale.start - 6, y + 3.5, said, text_anchor="end"))
+    for tick, said in zip(x_ticks, tick_texts(x_ticks, x_text), strict=True):
         x = x_scale(tick)
         parts.append(element("line", x1=number(x), x2=number(x), y1=number(bottom), y2=number(bottom + 4), class_="a"))
-        parts.append(text(x, bottom + 16, x_text(tick), text_anchor="middle"))
+        parts.append(text(x, bottom + 16, said, text_anchor="middle"))
     parts.append(element("line", x1=number(x_scale.start), x2=number(right), y1=number(bottom), y2=number(bottom),
                          class_="a"))  # fmt: skip
     parts.append(text((x_scale.start + right) / 2, bottom + 36, x_label, text_anchor="middle", class_="t"))

@@ -94,7 +94,7 @@ def component_section(ranking, limit):
 def component_values(ranking, name, limit):
     """'rmsnorm: #1, #2 · layernorm: #3'."""
     by_value = defaultdict(list)
-    for each, number in ranking.numbers().items():
+    for each, number in ranking.numbers.items():
         by_value[setting_text(each.runs[0].model, name)].append(number)
     parts = [f"{value}: {some(numbers, 2 * limit)}" for value, numbers in by_value.items()]
     more = f" · and {len(parts) - 2 * limit} more values" if len(parts) > 2 * limit else ""
@@ -103,7 +103,7 @@ def component_values(ranking, name, limit):
 
 def effect_section(ranking, limit):
     """What one component did, where two configurations differ in nothing else."""
-    effects, numbers = component_effects(ranking), ranking.numbers()
+    effects, numbers = component_effects(ranking), ranking.numbers
     rows = []
     for name, worse, better, pair in effects[:limit]:
         before, after = (setting_text(each.runs[0].model, name) for each in (worse, better))
@@ -136,7 +136,7 @@ def claim_section(ranking, limit):
     """Every configuration against the best, paired by seed; or the reason why nothing can be claimed."""
     if len(ranking.ranked) < 2:
         return []
-    best, numbers = ranking.best, ranking.numbers()
+    best, numbers = ranking.best, ranking.numbers
     column = ranking.loss_column
     others = [each for each in ranking.by_loss if each is not best]
     if all(len(each.seeds) < 2 for each in ranking.ranked):
@@ -254,7 +254,7 @@ def cost_section(ranking, analysis, limit):
     """What each needed to reach the loss, and how that compares with the best."""
     if not analysis.costs:
         return []
-    numbers = ranking.numbers()
+    numbers = ranking.numbers
     rows = [(f"{numbers[each.configuration]} {each.configuration.label}", cost_text(ranking, analysis, each))
             for each in analysis.costs[:limit]]  # fmt: skip
     if len(analysis.costs) > limit:
@@ -290,7 +290,7 @@ def ratio_words(ranking, analysis, costs, axis):
     if ratio is None:
         return f" ({why})" if why else ""
     interval = f", {ratio_range(ratio)}" if ratio.half_width is not None else ""
-    return f" ({math.exp(ratio.mean):.2f}x of {ranking.numbers()[ranking.best]}{interval})"
+    return f" ({math.exp(ratio.mean):.2f}x of {ranking.numbers[ranking.best]}{interval})"
 
 
 def stability_section(ranking, analysis):
@@ -322,7 +322,7 @@ def settled_words(order):
 
 def pareto_section(ranking, analysis):
     """Who is not beaten in both loss and cost."""
-    numbers = ranking.numbers()
+    numbers = ranking.numbers
     rows = []
     for front in analysis.fronts:
         names = [f"{numbers[each]} {each.label}" for each in front.members]

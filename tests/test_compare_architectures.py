@@ -209,8 +209,8 @@ def test_rows_of_nonsense_do_not_stop_the_rest(workplace, capsys):
 def test_a_thousand_runs_take_seconds(workplace, capsys):
     """The promise is 10 s on a quiet machine; here it is a fifth as many runs, and room for a busy one."""
     for index in range(200):
-        make_run(workplace / "many", f"run{index // 3}-s{index % 3}", {"final_val_loss": 2 + index / 1000}, seed=index % 3,
-                 n_layer=1 + index // 3)  # fmt: skip
+        name, seed, loss = f"run{index // 3}-s{index % 3}", index % 3, 2 + index / 1000
+        make_run(workplace / "many", name, {"final_val_loss": loss}, seed=seed, n_layer=1 + index // 3)
     before = time.process_time()
     compare_architectures.main(["--no_plots", "--runs_dir", "many", "--out_dir", "out"])
     assert time.process_time() - before < 10
