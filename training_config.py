@@ -53,6 +53,9 @@ class TrainConfig:
     grad_clip: float = 1.0  # the global norm of the gradient is clipped to this; 0 leaves it alone
     max_non_finite_steps: int = 10  # in a row, before the run stops; each one is skipped and counted
 
+    tuning_runs: int = 0  # trials that were spent on finding these settings; sweep.py says it, the audit compares it
+    tuning_tokens: int = 0  # tokens that those trials read
+
     # -- learning rate schedule
     schedule: str = "cosine"  # cosine, linear, wsd or constant
     decay_lr: bool = True  # False keeps learning_rate after the warm-up, as schedule=constant does
