@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import training_prepare
+from training_corpora import Corpus
 from training_data import (
     IGNORE_INDEX,
     BatchStream,
@@ -600,24 +601,22 @@ def test_encoding_holds_few_chunks_at_a_time(monkeypatch, tmp_path):
     """A corpus larger than memory works because reading never runs far ahead of writing."""
     read, written, ahead = [0], [0], []
 
-    class Corpus:
-        ends_documents = True
-
+    class Endless(Corpus):
         def documents(self):
             for _ in range(300):
                 read[0] += 1
                 yield "train", "x" * 100, True
 
-        def expected_bytes(self):
-            return None
+    class Written:
+        place, n_bytes = None, 0
 
-    class File:
-        def append(self, encoded):
-            written[0] += encoded.n_documents
+        def append(self, encoded, place):
+            written[0] += encoded["train"].n_documents
             ahead.append(read[0] - written[0])
+            assert place == written[0]
 
     tokenizer = TOKENIZER_REGISTRY["byte"].learn()
-    training_prepare.encode_corpus(Corpus(), tokenizer, {"train": File()}, 2, 100, lambda *args: None)
+    training_prepare.encode_corpus(Endless(), tokenizer, Written(), 2, 100, lambda *args: None)
     assert written[0] == 300 and max(ahead) <= 5
 
 
