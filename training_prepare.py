@@ -214,7 +214,7 @@ def take_up(preparation, corpus, recipe, advance):
         tokenizer = tokenizer_from_meta(header["tokenizer"])
     else:
         tokenizer = learn_tokenizer(corpus, recipe, advance)
-    preparation.begin(tokenizer, revision)
+    preparation.begin(tokenizer, revision, advance)
     return tokenizer
 
 

@@ -136,8 +136,9 @@ class SplitFiles:
             self.shards.append(file.facts())
         self.full = []
 
-    def go_on(self, states):
-        """Take up what earlier lines say, and check every byte of it: the checksum of the split goes on from there."""
+    def go_on(self, states, checked):
+        """Take up what earlier lines say, and check every byte of it: the checksum of the split goes on from there.
+        checked(n_bytes) is told of each file."""
         for written in [written for state in states for written in state["full"]]:
             shard = {name: written[name] for name in ("name", "tokens", "sha256")}
             path, temporary = self.folder / shard["name"], self.folder / written["temporary"]
@@ -146,6 +147,7 @@ class SplitFiles:
                 os.replace(temporary, path)
             self.check(path, shard, self.sha256)
             self.shards.append(shard)
+            checked(shard["tokens"] * self.dtype.itemsize)
         self.n_bytes, self.n_documents = states[-1]["bytes"], states[-1]["documents"]
         if current := states[-1]["current"]:
             path = temporary_name(self.folder / current["name"])
@@ -225,19 +227,25 @@ class Preparation:
     def n_bytes(self):
         return sum(files.n_bytes for files in self.splits.values())
 
-    def begin(self, tokenizer, revision=None):
-        """Open the files; where lines were written before, behind what they say."""
+    def begin(self, tokenizer, revision=None, advance=None):
+        """Open the files; where lines were written before, behind what they say, which advance(what, n_bytes,
+        expected_bytes) may show."""
         dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
         shard_tokens = self.settings["shard_tokens"]
         self.splits = {split: SplitFiles(self.folder, split, dtype, shard_tokens) for split in SPLITS}
         if self.lines:
-            for split, files in self.splits.items():
-                files.go_on([line[split] for line in self.lines])
+            self.go_on(advance or (lambda *args: None))
             return
         self.header = {"format": PROGRESS_FORMAT, "settings": self.settings, "revision": revision}
         self.header["tokenizer"] = tokenizer.to_meta()
         self.file.truncate(0)
         self.write(self.header)
+
+    def go_on(self, advance):
+        whole = [file for line in self.lines for split in SPLITS for file in line[split]["full"]]
+        n_bytes = sum(file["tokens"] for file in whole) * self.splits["train"].dtype.itemsize
+        for split, files in self.splits.items():
+            files.go_on([line[split] for line in self.lines], lambda n: advance("checking what is kept", n, n_bytes))
 
     def append(self, encoded, place):
         """Write {split: Encoded}, behind which the corpus stands at `place`; keep them once a file is full."""

@@ -201,7 +201,8 @@ def fsync_folder(folder):
 
 
 def describe_token_files(folder, tokenizer=None, vocab_size=None, dtype="uint16"):
-    """Write meta.json for a train.bin and val.bin made by another program, such as nanoGPT's prepare.py.
+    """Write meta.json for a train.bin and val.bin made by another program, such as nanoGPT's prepare.py; a split may
+    also lie in several files, train_00000.bin and on, which are taken in the order of their names.
 
     Args:
         tokenizer: byte or gpt2, so that text can be read and written; None for tokens of unknown meaning.
@@ -220,7 +221,7 @@ def describe_token_files(folder, tokenizer=None, vocab_size=None, dtype="uint16"
     known = TOKENIZER_REGISTRY[tokenizer].learn() if tokenizer else None
     token_bytes = known.token_bytes() if known else None
     vocab_size = known.vocab_size if known else vocab_size
-    splits = {split: facts_of_file(folder / f"{split}.bin", dtype, vocab_size, token_bytes) for split in SPLITS}
+    splits = {split: facts_of_split(folder, split, dtype, vocab_size, token_bytes) for split in SPLITS}
     tokenizer_meta = known.to_meta() if known else {"name": None, "vocab_size": vocab_size}
     facts = {"dataset": folder.name, "source": "token files made elsewhere"}
     meta = describe(tokenizer_meta, token_bytes, dtype, splits, **facts)
@@ -228,8 +229,25 @@ def describe_token_files(folder, tokenizer=None, vocab_size=None, dtype="uint16"
     return folder
 
 
-def facts_of_file(path, dtype, vocab_size, token_bytes):
-    """Counts and checksum of a .bin, read in pieces; a token outside the vocabulary is refused."""
+def facts_of_split(folder, split, dtype, vocab_size, token_bytes):
+    """What meta.json says of a split whose files are there."""
+    whole = folder / f"{split}.bin"
+    several = sorted(folder.glob(f"{split}_*.bin"))
+    if whole.exists() and several:
+        raise UserError(f"{folder} holds {whole.name} and {several[0].name}; keep the ones that are meant")
+    sha256, n_bytes, shards = hashlib.sha256(), 0, []
+    for path in several or [whole]:
+        shard, n_bytes_of_shard = facts_of_file(path, dtype, vocab_size, token_bytes, sha256)
+        shards.append(shard)
+        n_bytes += n_bytes_of_shard
+    n_tokens = sum(shard["tokens"] for shard in shards)
+    counts = {"tokens": n_tokens, "bytes": n_bytes or None, "documents": None}
+    return {**counts, "sha256": sha256.hexdigest(), "shards": shards}
+
+
+def facts_of_file(path, dtype, vocab_size, token_bytes, split_sha256):
+    """(name, tokens and checksum of a .bin; bytes of text behind it, 0 where unknown), read in pieces, which also go
+    into the checksum of the split; a token outside the vocabulary is refused."""
     if not path.is_file() or path.stat().st_size == 0:
         raise UserError(f"{path} does not exist or is empty; put the token file there")
     dtype = np.dtype(dtype).newbyteorder("<")
@@ -248,8 +266,7 @@ def facts_of_file(path, dtype, vocab_size, token_bytes):
                     "give the right tokenizer or dtype"
                 )
             sha256.update(raw)
+            split_sha256.update(raw)
             n_tokens += len(tokens)
             n_bytes += 0 if sizes is None else int(sizes[tokens].sum())
-    shard = {"name": path.name, "tokens": n_tokens, "sha256": sha256.hexdigest()}
-    counts = {"tokens": n_tokens, "bytes": n_bytes or None, "documents": None}
-    return {**counts, "sha256": sha256.hexdigest(), "shards": [shard]}
+    return {"name": path.name, "tokens": n_tokens, "sha256": sha256.hexdigest()}, n_bytes

@@ -95,7 +95,7 @@ def main():
         after, peak = prepare(path, folder / "killed", arguments)
         same = sums_of(whole) == sums_of(folder / "killed" / whole.name)
         print(
-            f"killed after {before:.1f} s with {n_shards // 2} of {n_shards} train files whole, finished in {after:.1f} s, "
+            f"killed after {before:.1f} s with {n_shards // 2} of {n_shards} files whole, finished in {after:.1f} s, "
             f"peak {peak:.0f} MiB; files {'the same' if same else 'DIFFER'}"
         )
 

@@ -286,6 +286,21 @@ def test_token_files_of_another_program_are_described_then_used(tmp_path):
         describe_token_files(folder, tokenizer="byte")
 
 
+def test_several_files_of_another_program_are_one_split(tmp_path):
+    tokens = np.arange(1000, dtype="<u2") % 90
+    for i, part in enumerate(np.split(tokens, [300, 700])):
+        part.tofile(tmp_path / f"train_{i:06d}.bin")
+    tokens.tofile(tmp_path / "val.bin")
+    dataset = Dataset(describe_token_files(tmp_path, tokenizer="byte"))
+    facts = dataset.meta["splits"]
+    assert np.array_equal(dataset.train, tokens) and facts["train"]["sha256"] == facts["val"]["sha256"]
+    assert facts["train"]["bytes"] == facts["val"]["bytes"] and len(facts["train"]["shards"]) == 3
+    (tmp_path / "meta.json").unlink()
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=r"train\.bin and train_000000\.bin"):
+        describe_token_files(tmp_path, tokenizer="byte")
+
+
 def test_tokens_of_an_unknown_tokenizer_train_but_have_no_text(tmp_path):
     for split in ("train", "val"):
         np.arange(100, dtype="<u4").tofile(tmp_path / f"{split}.bin")

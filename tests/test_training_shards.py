@@ -317,7 +317,9 @@ def test_what_is_whole_stays_after_an_interruption_and_the_rest_is_not_read_agai
     make(pages)
     assert 100 < len(texts) < 200 and texts[-1].startswith("Page 299")
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
-    (what, n_bytes, expected, already), *later = advances
+    checked = [told for told in advances if told[0] == "checking what is kept"]
+    assert checked == advances[:3] == [("checking what is kept", 2 * 4096, 6 * 4096)] * 3
+    (what, n_bytes, expected, already), *later = advances[3:]
     assert (what, n_bytes) == ("encoding", 0) and already > 3 * 4096 * 0.9
     total = sum(facts["bytes"] for facts in read_meta(folder)["splits"].values())
     assert already + sum(n for _, n, *_ in later) == total <= expected
