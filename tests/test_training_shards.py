@@ -393,6 +393,10 @@ def test_a_line_cut_off_by_a_crash_is_dropped(pages, monkeypatch):
     undisturbed = sums_of(make(changed(pages, folder.parent.parent / "whole")))
     with open(folder / PROGRESS, "ab") as file:
         file.write(b'{"place": {"file": 0, "wit')
+    n_lines = len((folder / PROGRESS).read_bytes().splitlines()) - 1
+    interrupted(pages, monkeypatch, 4)  # the lines that follow are whole again
+    lines = (folder / PROGRESS).read_text(encoding="utf-8").splitlines()
+    assert len(lines) > n_lines and all(json.loads(line) for line in lines)
     assert sums_of(make(pages)) == undisturbed
 
 
