@@ -400,9 +400,10 @@ class HubCorpus(Corpus):
         return placed_rows(self.name, self.path, split, self.config(), self.revision, place)
 
     def pin(self, revision=None):
-        if self.local is None:
-            self.revision = revision or latest_revision(self.path, self.revision)
-        return None if self.local is not None else self.revision
+        if self.local is not None:
+            return None
+        self.revision = revision or latest_revision(self.path, self.revision)
+        return self.revision
 
     def config(self):
         return None

@@ -124,7 +124,7 @@ def read_parquet(path, n_read=0):
     except ImportError as error:
         raise UserError("reading .parquet needs pyarrow: pip install pyarrow, or give .txt or .jsonl") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # else it holds whole files
             if "text" not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{path} has no column 'text' (it has: {names}); rename the one to read")
