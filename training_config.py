@@ -29,6 +29,7 @@ class TrainConfig:
     tokenizer_vocab_size: int | None = None  # for tokenizers trained here (bpe, unigram, wordpiece)
     variant: str | None = None  # which size of a dataset, e.g. small or full for tinystories
     input: str | None = None  # a local file or folder to prepare the dataset from, instead of a download
+    shard_tokens: int = 100_000_000  # tokens in each file of a dataset that is prepared here and longer than one
     prefetch_batches: int = 2  # steps of data read ahead by a thread; 0 reads in the training loop
 
     # -- objective
