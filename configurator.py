@@ -362,6 +362,8 @@ def resume(arguments):
     changed = [(name, old[name], new[name]) for name in old if old[name] != new[name]]
     changed += [(name, getattr(before.train, name), getattr(settings.train, name)) for name in FIXED_FOR_A_RUN
                 if getattr(before.train, name) != getattr(settings.train, name)]  # fmt: skip
+    old, new = _options_of_the_objective(before.train), _options_of_the_objective(settings.train)
+    changed += [(name, old[name], new.get(name)) for name in old if old[name] != new.get(name)]
     if before.train.sequences_per_step != settings.train.sequences_per_step:
         name = "batch_size x gradient_accumulation_steps"
         changed.append((name, before.train.sequences_per_step, settings.train.sequences_per_step))
@@ -372,6 +374,12 @@ def resume(arguments):
         )
     sources = before.sources + [source for source in settings.sources if source not in before.sources]
     return dataclasses.replace(settings, sources=sources)
+
+
+def _options_of_the_objective(config):
+    """{option: value} of what the loss is: a resumed run keeps it."""
+    part = ALL_REGISTRIES.get("objective", {}).get(config.objective)
+    return vars(config.options_for(part))
 
 
 # ---- help ------------------------------------------------------------------------------------------------------------
