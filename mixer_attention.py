@@ -6,6 +6,8 @@ Three backends compute the same thing. `manual` is the equation written out and 
 is torch's fused kernel; `flex` compiles mask and soft cap into one kernel (CUDA).
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,6 +32,8 @@ class Mixer(nn.Module):
     residual_out = ()
     bidirectional = False  # can run with causal=False
     positions = ("none", "learned_absolute")  # position encodings that it can honour
+    forms: ClassVar = {}  # {'chunk': function, 'recurrent': function}: its recurrence, fast and as the equation
+    operation = None  # what 'chunk' computes, by the name that kernels/ knows it by
 
     def check_device(self, device):
         """Raise UserError where this mixer, as it was configured, cannot train on a torch.device."""
