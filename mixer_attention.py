@@ -174,6 +174,7 @@ class Attention(Mixer):
 
     residual_out = ("out.weight",)
     bidirectional = True
+    operation = "attention"
     positions = POSITION_ENCODING_REGISTRY  # every one, those that a user registers later too
 
     class Options:
