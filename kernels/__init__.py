@@ -104,7 +104,7 @@ def mixers_by_part(model):
 def choose_linear(choice, model, device, backend):
     """oneDNN for nn.Linear, where it is the faster library."""
     choice["linear"] = "plain"
-    if backend not in ("auto", "onednn"):
+    if backend not in ("auto", "onednn") or (backend == "auto" and device.type != "cpu"):
         return
     if device.type != "cpu":
         choice.refuse("linear", "onednn", f"is for CPUs and this is {device.type}")
