@@ -99,16 +99,16 @@ def find_fla(make_form, *functions):
 
 def mamba_form(selective_scan_fn, plain):
     """selective_scan_fn(u (B, D, T), delta (B, D, T), A (D, N), B (B, N, T), C (B, N, T)) -> (B, D, T)."""
+    call = torch.compiler.disable(_call_mamba)  # not as a decorator: it imports the compiler
 
     def form(x, dt, A, B, C, state=None, keep=None, chunk_size=8):
         if state is not None or keep is not None:
             return plain(x, dt, A, B, C, state, keep, chunk_size)
-        return _call_mamba(selective_scan_fn, x, dt, A, B, C), None
+        return call(selective_scan_fn, x, dt, A, B, C), None
 
     return form
 
 
-@torch.compiler.disable
 def _call_mamba(selective_scan_fn, x, dt, A, B, C):
     x, dt, B, C = (tensor.transpose(1, 2) for tensor in (x, dt, B, C))
     return selective_scan_fn(x, dt, A.t().contiguous(), B, C).transpose(1, 2)
@@ -116,16 +116,16 @@ def _call_mamba(selective_scan_fn, x, dt, A, B, C):
 
 def ssd_form(mamba_chunk_scan_combined, plain, dtype):
     """mamba_chunk_scan_combined(x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, G, N), chunk) -> (B, T, H, P)."""
+    call = torch.compiler.disable(_call_ssd)
 
     def form(x, dt, A, B, C, state=None, runs=None, chunk_size=64):
         if state is not None:
             return plain(x, dt, A, B, C, state, runs, chunk_size)
-        return _call_ssd(mamba_chunk_scan_combined, x, dt, A, B, C, runs, dtype), None
+        return call(mamba_chunk_scan_combined, x, dt, A, B, C, runs, dtype), None
 
     return form
 
 
-@torch.compiler.disable
 def _call_ssd(mamba_chunk_scan_combined, x, dt, A, B, C, runs, dtype):
     runs = None if runs is None else runs.to(torch.int32)
     low = (tensor.to(dtype) for tensor in (x, B, C))
