@@ -69,7 +69,7 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler); auto is float32 on CPU
     tf32: bool = True  # let CUDA multiply float32 matrices in TF32
     compile: bool | str = "auto"  # torch.compile; auto is on for CUDA and off elsewhere
-    kernel_backend: str = "auto"  # auto: fast paths that pass a check against the plain ones at start; plain: none
+    kernel_backend: str = "auto"  # auto: what passes a check at start; plain; or one: triton, mamba_ssm, fla, onednn
     threads: int = 0  # CPU threads; 0 leaves torch's choice
 
     # -- evaluation

@@ -1,5 +1,5 @@
-# Dense, Mamba-2, a mixture of experts and a Mamba + local attention hybrid, each with as many active parameters as LLaMA
-# at 10M: what one token passes through is equal, what is kept in memory is not.
+# Dense, Mamba-2, a mixture of experts and a Mamba + local attention hybrid, each with as many active parameters as
+# LLaMA at 10M: what one token passes through is equal, what is kept in memory is not.
 #
 #   python sweep.py config/sweep_dense_mamba_moe_hybrid.py --seeds=3
 

@@ -1,4 +1,4 @@
-# Four sizes of three architectures for L(N) and L(C): compare_architectures.py fits a power law to each when a sweep has
+# Four sizes of three architectures for L(N) and L(C): compare_architectures.py fits a power law to each when there are
 # three sizes or more. About 20 tokens per parameter at the largest (Hoffmann et al. 2022).
 #
 #   python sweep.py config/sweep_scaling.py

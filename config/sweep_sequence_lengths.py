@@ -1,5 +1,5 @@
-# What context is worth, and what it costs: 512, 1,024 and 4,096 tokens at equal tokens per step. Loss per token falls with
-# context for all; a Transformer's FLOPs per token rise, those of a recurrent mixer do not.
+# What context is worth, and what it costs: 512, 1,024 and 4,096 tokens at equal tokens per step. Loss per token falls
+# with context for all; a Transformer's FLOPs per token rise, those of a recurrent mixer do not.
 #
 #   python sweep.py config/sweep_sequence_lengths.py
 
