@@ -1,7 +1,8 @@
 """What the loss is. An objective wraps a model and returns sums, so that one division at the end is right everywhere.
 
     objective = OBJECTIVE_REGISTRY['causal_lm'](model, train_config)
-    sums = objective(batch)      # {'loss': to differentiate, 'nats': cross-entropy, 'tokens': supervised tokens}
+    sums = objective(batch)      # {'loss': to differentiate, 'nats': cross-entropy, 'tokens': supervised tokens,
+                                 #  'counts': {part: what it counted}}
 
 A batch is a dict of tensors from `training_data`: 'inputs' (B, T), 'targets' (B, T) with IGNORE_INDEX where nothing is
 supervised, and where a dataset has them 'positions' and 'document_ids' (B, T).
@@ -37,6 +38,17 @@ class Objective(nn.Module):
         """batch -> {name: scalar sum over the batch}; 'loss' carries the gradient, 'tokens' is what to divide by."""
         raise NotImplementedError
 
+    def read(self, batch):
+        """batch -> (hidden states (B, T, C), auxiliary loss of the batch's tokens, {part: counts}).
+
+        The auxiliary loss (an MoE's balance) is per token and counts as often as the batch has supervised tokens, so
+        that one division at the end makes it a mean over micro-batches and ranks. It belongs to 'loss', never to 'nats'.
+        """
+        self.model.listen()
+        hidden = self.model.hidden_states(batch["inputs"], batch.get("positions"), batch.get("document_ids"))
+        per_token, counts = self.model.take_findings()
+        return hidden, per_token * supervised_tokens(batch) if counts else 0.0, counts
+
 
 @OBJECTIVE_REGISTRY("causal_lm")
 class CausalLM(Objective):
@@ -48,12 +60,18 @@ class CausalLM(Objective):
             raise UserError("objective='causal_lm' predicts the next token, and causal=False lets the model see it")
 
     def forward(self, batch):
-        hidden = self.model.hidden_states(batch["inputs"], batch.get("positions"), batch.get("document_ids"))
+        hidden, auxiliary, counts = self.read(batch)
         loss, nats = linear_cross_entropy(
             hidden.flatten(0, 1), self.model.head.weight, batch["targets"].flatten(),
             self.model.config.logit_soft_cap, self.config.z_loss, self.config.loss_chunk_elements,
         )  # fmt: skip
-        return {"loss": loss, "nats": nats.detach(), "tokens": supervised_tokens(batch)}
+        sums = {"nats": nats.detach(), "tokens": supervised_tokens(batch), "counts": counts}
+        return {"loss": loss + auxiliary if counts else loss, **sums}
+
+
+def added(counts, more):
+    """{part: counts} of two micro-batches or steps as one."""
+    return {**counts, **{part: counts.get(part, 0) + count for part, count in more.items()}}
 
 
 def supervised_tokens(batch):
