@@ -292,6 +292,8 @@ class FFN(nn.Module):
     """
 
     residual_out = ("down.weight",)
+    # True where a token's neighbours decide how many rows are multiplied together, which may round its own differently
+    shapes_depend_on_data = False
 
     class Options:
         ffn_multiplier: float = 4.0  # hidden width over n_embd

@@ -77,8 +77,10 @@ class MoE(FFN, WithFindings):
     """
 
     residual_out = ()  # the experts and the shared ones say it themselves
+    shapes_depend_on_data = True
 
-    class Options(GatedFFN.Options):
+    class Options(FFN.Options):
+        ffn_multiplier: float = 8 / 3  # hidden width of an expert over n_embd
         n_experts: int = 8  # experts of each moe layer, beside the shared ones
         experts_per_token: int = 2  # experts that each token passes through
         n_shared_experts: int = 0  # experts that every token passes through (DeepSeekMoE)
