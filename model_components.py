@@ -287,8 +287,8 @@ class WithFindings(nn.Module):
 class FFN(nn.Module):
     """A network applied at each position.
 
-    Linear weights inside are counted as they stand; a module of which a token uses a part has `active_fraction`, and one
-    that keeps linear weights by itself names them in `linear_weights`.
+    Linear weights inside are counted as they stand; a module of which a token uses a part has `active_fraction`, and
+    one that keeps linear weights by itself names them in `linear_weights`.
     """
 
     residual_out = ("down.weight",)

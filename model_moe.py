@@ -60,19 +60,21 @@ class Experts(nn.Module):
 class MoE(FFN, WithFindings):
     """sum over the chosen experts e of weight_e * expert_e(x), plus the shared experts (DeepSeekMoE, eq. 3 to 5).
 
-    Scores are softmax or sigmoid of a linear router in float32; the `experts_per_token` best are chosen, and their scores
-    are the weights, divided by their sum where `normalize_router_weights` says so (Mixtral: softmax over the chosen).
+    Scores are softmax or sigmoid of a linear router in float32; the `experts_per_token` best are chosen, and their
+    scores are the weights, divided by their sum where `normalize_router_weights` says so (Mixtral: softmax over the
+    chosen). Experts and router have no biases, whatever `bias` is for the rest.
 
-    Balance, over the N tokens of a micro-batch, f_e the share of tokens that chose e and P_e its mean score (sigmoid
-    scores divided by their sum):
-    - load_balance_loss * E * sum_e f_e P_e (Switch, eq. 4 to 6; with k choices f sums to k, as Mixtral has it), per layer;
-    - router_z_loss * mean of logsumexp(logits)^2 (ST-MoE, eq. 5);
-    - router_bias_rate: a bias joins the scores for choosing alone, and after each optimizer step moves by the rate times
-      sign(mean load - load), over all tokens of the step (Wang et al. 2024, algorithm 1; DeepSeek-V3, section 2.1.2).
+    Balance, over the N tokens of a micro-batch, with f_e the share of tokens that chose e and P_e its mean score
+    (sigmoid scores divided by their sum):
+    - load_balance_loss * E * sum_e f_e P_e in each layer (Switch, eq. 4 to 6; f sums to k, as in Mixtral's code);
+    - router_z_loss * mean of logsumexp(logits)^2 in each layer (ST-MoE, eq. 5);
+    - router_bias_rate: a bias joins the scores for choosing alone, and after each optimizer step moves by the rate
+      times sign(mean load - load), over all tokens of the step (Wang et al. 2024, algorithm 1; DeepSeek-V3, 2.1.2).
 
-    Capacity: with capacity_factor f > 0, training gives each expert ceil(f T k / E) places in each sequence of T tokens.
-    Places are taken in order of position, a token's best choice first, so that no token sees a later one (GShard fills
-    the first choices of all tokens before any second, which looks ahead). A choice that finds no place has the weight 0.
+    Capacity: with capacity_factor f > 0, training gives each expert ceil(f T k / E) places in each sequence of T
+    tokens. Places are taken in order of position, a token's best choice first, so that no token sees a later one;
+    GShard fills the first choices of all tokens before any second, which looks ahead. A choice that finds no place has
+    the weight 0; it is computed all the same, so that shapes stay. Documents packed into a sequence share its places.
     Evaluation and generation drop nothing: there a prefix has to read the same alone as in a longer text.
     """
 

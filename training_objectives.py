@@ -42,7 +42,7 @@ class Objective(nn.Module):
         """batch -> (hidden states (B, T, C), auxiliary loss of the batch's tokens, {part: counts}).
 
         The auxiliary loss (an MoE's balance) is per token and counts as often as the batch has supervised tokens, so
-        that one division at the end makes it a mean over micro-batches and ranks. It belongs to 'loss', never to 'nats'.
+        that one division at the end makes it a mean over micro-batches and ranks. It is for 'loss', never for 'nats'.
         """
         self.model.listen()
         hidden = self.model.hidden_states(batch["inputs"], batch.get("positions"), batch.get("document_ids"))

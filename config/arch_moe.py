@@ -1,4 +1,4 @@
-# Mixtral (Jiang et al. 2024, arXiv:2401.04088): LLaMA whose FFN is a mixture of experts, at whatever size stands beside it.
+# Mixtral (Jiang et al. 2024, arXiv:2401.04088): LLaMA whose FFN is a mixture of experts.
 
 arch_preset = "moe"
 

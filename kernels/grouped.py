@@ -1,8 +1,8 @@
 """The experts of a mixture as grouped matrix products: sort the tokens by expert, multiply each group by its weights.
 
 Plain is `model_moe.Experts.forward`, which picks each expert's tokens with a mask. On a GPU the groups go through
-`torch.nn.functional.grouped_mm`, which reads their borders from the device and never waits for it. On a CPU each group is
-a product of its own, through `cpu_linear` where that is the faster: grouped_mm does the same there without it.
+`torch.nn.functional.grouped_mm`, which reads their borders from the device and never waits for it. On a CPU each group
+is a product of its own, through oneDNN where that is the faster (`cpu_linear`); grouped_mm does the same with MKL.
 """
 
 import copy
@@ -11,7 +11,6 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from kernels import cpu_linear
 from model_moe import Experts, loads_of
 
 

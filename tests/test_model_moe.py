@@ -462,7 +462,7 @@ def test_expert_weights_are_drawn_decayed_and_left_to_adamw(tiny):
     assert (down.init, down.weight_decay, down.is_matrix) == ("residual", True, False)
     assert plan["blocks.0.ffn.shared.down.weight"].init == "residual" and plan["blocks.0.ffn.router.weight"].is_matrix
     parameters = dict(model.named_parameters())
-    muon, adamw = OPTIMIZER_REGISTRY["muon"]([*plan.values()], parameters, TrainConfig(), CPU)
+    _, adamw = OPTIMIZER_REGISTRY["muon"]([*plan.values()], parameters, TrainConfig(), CPU)
     of_adamw = {name for group in adamw.param_groups for name in group["names"]}
     assert {"blocks.0.ffn.experts.up", "blocks.1.ffn.experts.down"} <= of_adamw
 
