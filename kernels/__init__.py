@@ -6,8 +6,6 @@ A kernel is used only where it is present and a forward and backward check again
 at start. Nothing is chosen by timing it: a run and its resumption must compute the same bits.
 """
 
-import torch.nn.functional as F
-
 from kernels import cpu_linear, grouped
 from user_errors import UserError, did_you_mean
 
@@ -28,11 +26,10 @@ def choose(model, device, backend):
     chosen = {"linear": "plain"}
     if any("attention" in mixer for mixer in model.config.mixers()):
         chosen["attention"] = model.config.attention_backend
-    linear = F.linear
     if backend == "auto" and cpu_linear.is_faster_here(device) and cpu_linear.equals_plain():
         cpu_linear.install(model)
-        chosen["linear"], linear = "onednn", cpu_linear.linear
-    experts = grouped.install(model, device, linear, backend)
+        chosen["linear"] = "onednn"
+    experts = grouped.install(model, device, backend)
     if experts is not None:
         chosen["experts"] = experts
     return chosen

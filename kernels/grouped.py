@@ -2,7 +2,8 @@
 
 Plain is `model_moe.Experts.forward`, which picks each expert's tokens with a mask. On a GPU the groups go through
 `torch.nn.functional.grouped_mm`, which reads their borders from the device and never waits for it. On a CPU each group
-is a product of its own, through oneDNN where that is the faster (`cpu_linear`); grouped_mm does the same with MKL.
+is a product of its own: as fast, in any precision. Not through oneDNN (`cpu_linear`), which compiles a kernel for every
+new number of rows, and here that number is new each time.
 """
 
 import copy
@@ -51,7 +52,7 @@ def _sum_of_choices(y, inverse):
     return total
 
 
-def experts(module, x, chosen, weights, use_grouped_mm, linear=F.linear):
+def experts(module, x, chosen, weights, use_grouped_mm):
     """What `Experts.forward` computes. x (N, C), chosen (N, k) int64, weights (N, k) -> (N, C)."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -72,15 +73,14 @@ def experts(module, x, chosen, weights, use_grouped_mm, linear=F.linear):
     else:
         counts = loads.tolist()
         groups = zip(rows.split(counts), row_weights.split(counts), up.unbind(0), down.unbind(0), strict=True)
-        y = torch.cat([linear(hidden(linear(x_e, up_e), w_e), down_e) for x_e, w_e, up_e, down_e in groups])
+        y = torch.cat([F.linear(hidden(F.linear(x_e, up_e), w_e), down_e) for x_e, w_e, up_e, down_e in groups])
     return Collect.apply(y, order, inverse).to(x.dtype)
 
 
-def install(model, device, linear, backend="auto"):
+def install(model, device, backend="auto"):
     """Let every Experts of `model` compute here, if that equals the plain path; parameters and names stay.
 
     Args:
-        linear: F.linear, or one that equals it and is faster here.
         backend: 'auto', or 'plain' to leave them as they are.
 
     Returns:
@@ -91,13 +91,12 @@ def install(model, device, linear, backend="auto"):
         return None
     if backend == "plain":
         return "plain"
-    grouped = [dtype for dtype in _DTYPES if device.type == "cuda" and equals_plain(modules[0], dtype, _always, linear)]
-    if not grouped and not equals_plain(modules[0], modules[0].up.dtype, _never, linear):
+    grouped = [dtype for dtype in _DTYPES if device.type == "cuda" and equals_plain(modules[0], dtype, _always)]
+    if not grouped and not equals_plain(modules[0], modules[0].up.dtype, _never):
         return "plain"
     for module in modules:
-        module.forward = functools.partial(
-            experts, module, use_grouped_mm=functools.partial(_has_grouped_mm, grouped), linear=linear
-        )
+        use_grouped_mm = functools.partial(_has_grouped_mm, grouped)
+        module.forward = functools.partial(experts, module, use_grouped_mm=use_grouped_mm)
     return "grouped_mm" if grouped else "sorted"
 
 
@@ -117,7 +116,7 @@ def _has_grouped_mm(checked, device, dtype):
     return dtype in checked and (dtype == torch.bfloat16 or not torch.compiler.is_compiling())
 
 
-def equals_plain(module, dtype, use_grouped_mm, linear):
+def equals_plain(module, dtype, use_grouped_mm):
     """True when outputs and gradients agree with the plain path here, for a copy of `module` in `dtype`.
 
     The last expert gets no token, as happens in training.
@@ -134,7 +133,7 @@ def equals_plain(module, dtype, use_grouped_mm, linear):
             weight.copy_(torch.randn(weight.shape, generator=generator) / weight.size(-1) ** 0.5)
     leaves, results = [x.requires_grad_(), weights.requires_grad_(), module.up, module.down], []
     try:
-        for path in (module, functools.partial(experts, module, use_grouped_mm=use_grouped_mm, linear=linear)):
+        for path in (module, functools.partial(experts, module, use_grouped_mm=use_grouped_mm)):
             y = path(x, chosen, weights)
             results.append([y, *torch.autograd.grad(y, leaves, grad)])
     except (RuntimeError, AttributeError, NotImplementedError):  # a torch or a device without it

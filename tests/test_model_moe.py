@@ -127,7 +127,7 @@ def test_outputs_and_gradients_are_the_equations(moe, tiny, case):
 def test_sorted_equals_plain(moe, case, shape):
     plain, x = moe(case), inputs(b=shape[0], t=shape[1]).requires_grad_()
     fast = copy.deepcopy(plain)
-    assert grouped.install(fast, CPU, F.linear) == "sorted" and "forward" in vars(fast.experts)
+    assert grouped.install(fast, CPU) == "sorted" and "forward" in vars(fast.experts)
     torch.testing.assert_close(fast(x), plain(x), **EXACT)
     torch.testing.assert_close(all_gradients(fast(x), fast, x), all_gradients(plain(x), plain, x), **EXACT)
 
@@ -146,13 +146,13 @@ def test_grouped_mm_equals_plain(moe, case, dtype, tolerance):
         assert error < tolerance, name
 
 
-def test_the_check_refuses_products_that_are_wrong(moe, tiny):
-    part = moe(dtype=torch.float32)
-    assert grouped.equals_plain(part.experts, torch.float32, grouped._never, F.linear)
-    wrong = lambda x, weight: F.linear(x, weight) * 1.01  # noqa: E731
-    assert not grouped.equals_plain(part.experts, torch.float32, grouped._never, wrong)
-    assert grouped.install(part, CPU, wrong) == "plain" and "forward" not in vars(part.experts)
-    assert grouped.install(ConfigurableGPT(tiny()), CPU, F.linear) is None
+def test_the_check_refuses_products_that_are_wrong(moe, tiny, monkeypatch):
+    part, collect = moe(dtype=torch.float32), grouped._sum_of_choices
+    assert grouped.equals_plain(part.experts, torch.float32, grouped._never)
+    monkeypatch.setattr(grouped, "_sum_of_choices", lambda y, inverse: 1.01 * collect(y, inverse))
+    assert not grouped.equals_plain(part.experts, torch.float32, grouped._never)
+    assert grouped.install(part, CPU) == "plain" and "forward" not in vars(part.experts)
+    assert grouped.install(ConfigurableGPT(tiny()), CPU) is None
 
 
 def test_kernels_say_how_experts_are_computed(tiny):
@@ -166,7 +166,7 @@ def test_kernels_say_how_experts_are_computed(tiny):
 def test_half_precision_routes_in_float32(moe, path):
     part, x = moe(dtype=torch.float32), inputs(torch.float32)
     if path == "sorted":
-        grouped.install(part, CPU, F.linear)
+        grouped.install(part, CPU)
     wanted, logits = part(x), part.route(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(part.route(x), logits)
