@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import attention, checks, cpu_linear, libraries
+from kernels import attention, checks, cpu_linear, grouped, libraries
 from registry import ALL_REGISTRIES
 from user_errors import UserError, did_you_mean
 
@@ -81,6 +81,9 @@ def choose(model, device, backend, dtype=torch.float32):
         )
     choice = Choice()
     choose_linear(choice, model, device, backend)
+    experts = grouped.install(model, device, "auto" if backend == "auto" else "plain")
+    if experts is not None:
+        choice["experts"] = experts
     for part, mixers in mixers_by_part(model).items():
         if mixers[0].operation == "attention":
             choose_attention(choice, part, mixers, model.config, device, backend, dtype)
