@@ -1,0 +1,355 @@
+"""Speed, memory and decoding of architectures on this machine, side by side, beside other people's programs.
+
+    python bench.py                                                          # the defaults' model
+    python bench.py config/arch_llama.py config/arch_mamba2.py --peers=transformers
+    python bench.py config/arch_gpt2.py config/arch_gpt2.py+n_layer=12+n_embd=512 --repeats=5     # two shapes
+    python bench.py config/arch_mamba2.py --contexts=512,8192                # cost of a token against the context
+    python bench.py --parts                                                  # single parts: linear layers, norms, ...
+    python bench.py --help                                                   # every setting
+
+Each config file is a case; `a.py+b.py+name=value` joins files and settings into one. `--name=value` is a setting of
+train.py and holds for every case. A step is forward, backward, clipping and the optimizer on one micro-batch of random
+tokens (vocabulary 512 where none is set). All cases and peers take turns, A B C A B C. It prints a table and adds to
+benchmarks/<device>.json, where a result is replaced by a later one of the same case alone.
+"""
+
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import configurator
+import training_parallel as parallel
+from bench_cases import (
+    WARM_UP,
+    Candidate,
+    Case,
+    build,
+    interleaved,
+    kernel_check,
+    peak_memory_bytes,
+    peers_beside,
+    prompt_length,
+)
+from bench_parts import PARTS
+from bench_peers import find_peers
+from bench_record import aligned, number, ratio, save, slug, spread, times
+from model_flops import measured_peak, state_bytes
+from training_logger import git_state, versions
+from training_report import human_bytes, human_seconds
+from user_errors import UserError, did_you_mean, exit_on_user_error
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    # -- the benchmark
+    peers: str = ""  # others at the same shape: transformers, mambapy, nanogpt:PATH, with commas between
+    repeats: int = 10  # timed training steps of each, in turn
+    seconds: float | None = None  # rounds until so many seconds have passed, in place of repeats
+    decode_tokens: int = 64  # tokens to generate after a short prompt; 0 leaves decoding out
+    memory: bool = True  # measure peak memory, on a CPU in a process of its own for each
+    contexts: str = ""  # also the cost of a token at these contexts, such as 512,8192
+    parts: bool | str = False  # time single parts too, all or such as linear,rmsnorm
+    out_dir: str = "benchmarks"  # where <device>.json is
+
+    def __post_init__(self):
+        for name, least in (("repeats", 1), ("decode_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise UserError(f"seconds={self.seconds} must be above 0, or None")
+
+    def context_lengths(self):
+        """[T] of `contexts`."""
+        words = [word.strip() for word in self.contexts.split(",") if word.strip()]
+        if not all(word.isdecimal() and int(word) > 0 for word in words):
+            raise UserError(f"contexts={self.contexts!r} must be numbers of tokens with commas between, as 512,8192")
+        return [int(word) for word in words]
+
+    def part_names(self):
+        """Names of `parts`, checked."""
+        if isinstance(self.parts, bool):
+            return [*PARTS] if self.parts else []
+        names = [name.strip() for name in self.parts.split(",")]
+        for name in names:
+            if name not in PARTS:
+                known = ", ".join(PARTS)
+                raise UserError(
+                    f"parts={self.parts!r}: {name!r} is no part{did_you_mean(name, PARTS)} (known: {known})"
+                )
+        return names
+
+
+@exit_on_user_error
+def main(arguments):
+    if "--help" in arguments or "-h" in arguments:
+        return print(configurator.help_text(__doc__, BenchConfig))
+    config, cases = read_command(arguments)
+    peers, contexts, parts = find_peers(config.peers), config.context_lengths(), config.part_names()
+    place = parallel.find_place(cases[0].settings().train)
+    device_name = place.device_name()
+    path = Path(config.out_dir) / f"{slug(device_name)}.json"
+    story = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions(), "git": git_state(),
+        "command": " ".join(["python", "bench.py", *map(shlex.quote, arguments)]), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    print(f"{device_name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    with parallel.memory_errors():
+        if not parts or cases[0].arguments:
+            save(path, device_name, {"cases": measure(config, cases, peers, story)})
+        for T_row in contexts and [measure_contexts(config, cases, contexts, story)]:
+            save(path, device_name, {"cases": T_row})
+        for name in parts:
+            save(path, device_name, {"parts": measure_part(config, name, cases[0], story)})
+    print(f"\nadded to {path.as_posix()}")
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def read_command(arguments):
+    """(BenchConfig, [Case]) of a command line.
+
+    Raises:
+        UserError: an unknown setting, a wrong value, a case given twice.
+    """
+    own_types = dict(BenchConfig.__annotations__)
+    types = {**configurator.setting_types(), **own_types}
+    own, shared, files = {}, [], []
+    for kind, item in configurator.split_arguments(arguments, types):
+        if kind == "file":
+            files.append(item)
+        elif item[0] in own_types:
+            own[item[0]] = configurator.parse_value(*item, types)
+        else:
+            configurator.parse_value(*item, types)
+            shared.append(f"--{item[0]}={item[1]}")
+    cases = [_case(file, shared) for file in files] or [Case("default", tuple(shared))]
+    for case in cases:
+        if sum(case.label == other.label for other in cases) > 1:
+            raise UserError(f"case '{case.label}' is given twice")
+        case.settings()  # a mistake in the last one is told before the first is measured
+    return BenchConfig(**own), cases
+
+
+def _case(text, shared):
+    """Case of 'a.py+b.py+name=value': the files, what holds for all cases, then what this one sets."""
+    words = [text] if Path(text).is_file() else text.split("+")
+    files, own = [word for word in words if "=" not in word], [f"--{word}" for word in words if "=" in word]
+    label = "+".join([Path(file).stem.removeprefix("arch_") for file in files] + [word[2:] for word in own])
+    return Case(label, (*files, *shared, *own))
+
+
+def case_key(case, settings, candidate):
+    """The name of a result in the file: what was measured, with everything that changes it."""
+    model, place = settings.model, candidate.place
+    shape = f"{model.n_layer} x {model.n_embd}, vocabulary {model.vocab_size}"
+    batch = f"batch {settings.train.batch_size} x {model.block_size}"
+    words = [case.label, shape, batch, place.precision, f"compile {candidate.compiled.partition(':')[0]}"]
+    words += [f"{torch.get_num_threads()} thread(s)"] if place.device.type == "cpu" else []
+    told = {"n_layer", "n_embd", "vocab_size", "batch_size", "block_size", "dtype", "tf32", "compile", "threads",
+            "device"}  # fmt: skip
+    more = [word[2:] for word in case.arguments if word.startswith("--") and word[2:] not in case.label]
+    words += sorted(word for word in more if word.partition("=")[0] not in told)
+    return ", ".join([*words, candidate.name])
+
+
+# ---- training, memory, decoding --------------------------------------------------------------------------------------
+
+
+def measure(config, cases, peers, story):
+    """Time every case and its peers in turn, print the table, and return {case key: record}."""
+    wanted = [(case, peer) for case in cases for peer in [None, *peers_beside(case, peers)]]
+    memory = measure_memory(wanted) if config.memory else {}
+    if parallel.find_place(cases[0].settings().train).device.type == "cuda":
+        check_kernels(cases)
+    rows = {row: build(*row) for row in wanted}
+    for candidate in rows.values():
+        for _ in range(WARM_UP):
+            candidate.step()
+    first = next(iter(rows.values()))
+    ceiling = []
+
+    def matrix_product():
+        ceiling.append(measured_peak(first.place.device, first.place.precision, seconds=0.1))
+
+    steps = {**{row: candidate.step for row, candidate in rows.items()}, "ceiling": matrix_product}
+    seconds = interleaved(steps, config.repeats, config.seconds, first.place.device, Progress("training"))
+    decoding = measure_decoding(config, rows)
+    records, table = {}, [TABLE_HEAD]
+    for (case, peer), candidate in rows.items():
+        rates = [candidate.tokens / second for second in seconds[case, peer]]
+        record = describe(case, candidate)
+        record["training"] = {
+            "tokens_per_second": spread(rates), "ceiling_flops_per_second": max(ceiling),
+            "share_of_ceiling": candidate.flops.training * spread(rates)["median"] / max(ceiling), **story,
+        }  # fmt: skip
+        if peer is not None:
+            ours = [candidate.tokens / second for second in seconds[case, None]]
+            record["training"]["nanoarch_is_times_as_fast"] = ratio(ours, rates)
+        if (case, peer) in decoding:
+            record["decode"] = {"tokens_per_second": spread(decoding[case, peer]), "prompt": prompt_length(
+                candidate.model.config), "tokens": decode_length(config, candidate), **story}  # fmt: skip
+        if (case, peer) in memory:
+            record["memory"] = {"peak_bytes": memory[case, peer], **story}
+        records[case_key(case, case.settings(), candidate)] = record
+        table.append(table_row(case, peer, record))
+    print(f"\n{tokens_line(first)}; matrix product {max(ceiling) / 1e9:,.0f} GFLOP/s\n")
+    print("\n".join(aligned(table)))
+    return records
+
+
+def describe(case, candidate):
+    """What a record says of a candidate beside its numbers."""
+    model = candidate.model
+    record = {
+        "program": candidate.name, "arguments": list(case.arguments), "parameters": candidate.n_parameters,
+        "architecture": model.config.architecture_name(), "kernels": candidate.kernels, "compile": candidate.compiled,
+        "flops_per_token_training": candidate.flops.training,
+    }  # fmt: skip
+    if candidate.beside is None:
+        record["state_bytes"] = {"context": model.config.block_size,
+                                 "bytes": state_bytes(model, model.config.block_size)}  # fmt: skip
+    else:
+        record["program_version"] = candidate.beside.version
+    return record
+
+
+TABLE_HEAD = ["case", "parameters", "tokens/s", "quartiles", "of ceiling", "peak memory", "decode/s", "state",
+              "nanoArch is"]  # fmt: skip
+
+
+def table_row(case, peer, record):
+    training, speed = record["training"], record["training"]["tokens_per_second"]
+    state = record.get("state_bytes")
+    return [
+        f"  {record['program']}" if peer is not None else case.label,
+        f"{record['parameters']:,}",
+        number(speed["median"]),
+        f"{number(speed['q1'])} to {number(speed['q3'])}",
+        f"{100 * training['share_of_ceiling']:.0f}%",
+        human_bytes(record["memory"]["peak_bytes"]) if "memory" in record else "-",
+        number(record["decode"]["tokens_per_second"]["median"]) if "decode" in record else "-",
+        human_bytes(state["bytes"]) if state else "-",
+        times(training["nanoarch_is_times_as_fast"]) if peer is not None else "",
+    ]
+
+
+def tokens_line(candidate):
+    sequences, T = candidate.batch["inputs"].shape
+    return f"training steps of {sequences} x {T} tokens, {candidate.place.precision}"
+
+
+def measure_memory(rows):
+    """{row: bytes}; first of all, while this process is still small."""
+    result, progress = {}, Progress("memory")
+    for row in rows:
+        result[row] = peak_memory_bytes(*row)
+        progress(len(result) / len(rows))
+    return result
+
+
+def measure_decoding(config, rows):
+    """{row: [tokens per second]} for the rows that can generate."""
+    able = {row: candidate for row, candidate in rows.items()
+            if candidate.model.config.causal and decode_length(config, candidate) > 0}  # fmt: skip
+    if not able:
+        return {}
+    functions = {row: (lambda c=candidate: c.decode(decode_length(config, c))) for row, candidate in able.items()}
+    device = next(iter(able.values())).place.device
+    interleaved(functions, 1, device=device)
+    seconds = interleaved(functions, 3, device=device, progress=Progress("decoding"))
+    return {row: [decode_length(config, able[row]) / second for second in seconds[row]] for row in able}
+
+
+def decode_length(config, candidate):
+    """Tokens to generate: with the prompt no more than block_size, which some peers cannot pass."""
+    shape = candidate.model.config
+    return min(config.decode_tokens, shape.block_size - prompt_length(shape))
+
+
+def check_kernels(cases):
+    """Hold what kernels.choose installed to the plain path, before anything is timed."""
+    for case in cases:
+        chosen, difference = kernel_check(case)
+        words = ", ".join(f"{part} {kernel}" for part, kernel in chosen.items())
+        print(f"{case.label}: {words}; gradients within {difference:.1e} of the plain path's")
+
+
+# ---- the cost of a token against the context -------------------------------------------------------------------------
+
+
+def measure_contexts(config, cases, contexts, story):
+    """Forward and backward at every context, with the same tokens in each batch; {case key: record}."""
+    records, table = {}, [["forward and backward, us/token", *(f"T = {T:,}" for T in contexts), "last to first"]]
+    for case in cases:
+        base = case.settings()
+        tokens = max(base.train.batch_size * base.model.block_size, *contexts)
+        place = parallel.find_place(base.train)
+        candidates = {T: Candidate(case.settings(block_size=T), place, sequences=max(1, tokens // T)) for T in contexts}
+        functions = {T: candidate.forward_backward_alone for T, candidate in candidates.items()}
+        interleaved(functions, 1, device=place.device)
+        progress = Progress(f"{case.label} at {len(contexts)} contexts")
+        seconds = interleaved(functions, config.repeats, config.seconds, place.device, progress)
+        cost = {T: [second / candidates[T].tokens for second in seconds[T]] for T in contexts}
+        growth = ratio(cost[contexts[-1]], cost[contexts[0]])
+        first = candidates[contexts[0]]
+        record = describe(case, first) | {"contexts": {
+            "seconds_per_token": {str(T): spread(cost[T]) for T in contexts}, "last_to_first": growth,
+            "tokens_in_a_batch": tokens, **story,
+        }}  # fmt: skip
+        records[case_key(case, base, first)] = record
+        table.append([case.label, *(number(1e6 * spread(cost[T])["median"]) for T in contexts), times(growth)])
+    print("\n" + "\n".join(aligned(table)))
+    return records
+
+
+# ---- single parts ----------------------------------------------------------------------------------------------------
+
+
+def measure_part(config, name, case, story):
+    """Time one part's variants in turn, print them, and return {part: record}."""
+    rows = PARTS[name](case, config, Progress(name))
+    variants = list(dict.fromkeys(variant for row in rows.values() for variant in row["variants"]))
+    table = [[PARTS[name].__doc__.partition("\n")[0].rstrip("."), *variants, "unit"]]
+    for label, row in rows.items():
+        medians = [row["variants"].get(variant) for variant in variants]
+        table.append([label, *("-" if m is None else number(m["median"]) for m in medians), row["unit"]])
+    print("\n" + "\n".join(aligned(table)))
+    return {name: {"rows": rows, **story}}
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """'training 40%, about 12s left' on the error stream, where it is a terminal on one line that goes away."""
+
+    def __init__(self, what):
+        self.what, self.t_start, self.t_shown = what, time.perf_counter(), float("-inf")
+
+    def __call__(self, part):
+        now, stream = time.perf_counter(), sys.stderr
+        width = shutil.get_terminal_size().columns - 1
+        if part >= 1:
+            if stream.isatty():
+                print("\r" + " " * width + "\r", end="", file=stream, flush=True)
+            return
+        left = (now - self.t_start) * (1 - part) / max(part, 1e-9)
+        line = f"{self.what} {100 * part:.0f}%, about {human_seconds(left)} left"
+        if stream.isatty():
+            print("\r" + line[:width].ljust(width), end="", file=stream, flush=True)
+        elif now - self.t_shown > 30:  # a log gets a line now and then
+            print(line, file=stream, flush=True)
+        else:
+            return
+        self.t_shown = now
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
