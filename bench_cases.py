@@ -209,8 +209,11 @@ def _peak_memory_cuda(case, peer, device):
 
 
 def _peak_memory_resident(case, peer_text):
-    peer = next(iter(find_peers(peer_text)), None)
-    place = parallel.find_place(case.settings().train)
+    peer, settings = next(iter(find_peers(peer_text)), None), case.settings()
+    place = parallel.find_place(settings.train)
+    with on_meta():
+        model = ConfigurableGPT(settings.model)
+        _ = None if peer is None else peer.counterpart(model)  # for what it imports late
     before = parallel.peak_memory_bytes(place)  # what the imports take is not the model's
     _train_a_little(case, peer)
     return parallel.peak_memory_bytes(place) - before

@@ -6,7 +6,7 @@ A kernel is used only where it is present and a forward and backward check again
 at start. Nothing is chosen by timing it: a run and its resumption must compute the same bits.
 """
 
-from kernels import cpu_linear
+from kernels import cpu_linear, cpu_norm
 from user_errors import UserError, did_you_mean
 
 BACKENDS = ("auto", "plain")
@@ -29,4 +29,6 @@ def choose(model, device, backend):
     if backend == "auto" and cpu_linear.is_faster_here(device) and cpu_linear.equals_plain():
         cpu_linear.install(model)
         chosen["linear"] = "onednn"
+    if backend == "auto" and device.type == "cpu" and cpu_norm.equals_plain() and cpu_norm.install(model):
+        chosen["norm"] = "fewer passes"
     return chosen
