@@ -25,21 +25,11 @@ import torch
 
 import configurator
 import training_parallel as parallel
-from bench_cases import (
-    WARM_UP,
-    Candidate,
-    Case,
-    build,
-    interleaved,
-    kernel_check,
-    peak_memory_bytes,
-    peers_beside,
-    prompt_length,
-)
+from bench_cases import Case, Job, Workers, interleaved, kernel_check, peers_beside, prompt_length
 from bench_parts import PARTS
 from bench_peers import find_peers
 from bench_record import aligned, number, ratio, save, slug, spread, times
-from model_flops import measured_peak, state_bytes
+from model_flops import measured_peak
 from training_logger import git_state, versions
 from training_report import human_bytes, human_seconds
 from user_errors import UserError, did_you_mean, exit_on_user_error
@@ -52,7 +42,6 @@ class BenchConfig:
     repeats: int = 10  # timed training steps of each, in turn
     seconds: float | None = None  # rounds until so many seconds have passed, in place of repeats
     decode_tokens: int = 64  # tokens to generate after a short prompt; 0 leaves decoding out
-    memory: bool = True  # measure peak memory, on a CPU in a process of its own for each
     contexts: str = ""  # also the cost of a token at these contexts, such as 512,8192
     parts: bool | str = False  # time single parts too, all or such as linear,rmsnorm
     out_dir: str = "benchmarks"  # where <device>.json is
@@ -102,8 +91,8 @@ def main(arguments):
     with parallel.memory_errors():
         if not parts or cases[0].arguments:
             save(path, device_name, {"cases": measure(config, cases, peers, story)})
-        for T_row in contexts and [measure_contexts(config, cases, contexts, story)]:
-            save(path, device_name, {"cases": T_row})
+        if contexts:
+            save(path, device_name, {"cases": measure_contexts(config, cases, contexts, story)})
         for name in parts:
             save(path, device_name, {"parts": measure_part(config, name, cases[0], story)})
     print(f"\nadded to {path.as_posix()}")
@@ -145,79 +134,50 @@ def _case(text, shared):
     return Case(label, (*files, *shared, *own))
 
 
-def case_key(case, settings, candidate):
-    """The name of a result in the file: what was measured, with everything that changes it."""
-    model, place = settings.model, candidate.place
-    shape = f"{model.n_layer} x {model.n_embd}, vocabulary {model.vocab_size}"
-    batch = f"batch {settings.train.batch_size} x {model.block_size}"
-    words = [case.label, shape, batch, place.precision, f"compile {candidate.compiled.partition(':')[0]}"]
-    words += [f"{torch.get_num_threads()} thread(s)"] if place.device.type == "cpu" else []
-    told = {"n_layer", "n_embd", "vocab_size", "batch_size", "block_size", "dtype", "tf32", "compile", "threads",
-            "device"}  # fmt: skip
-    more = [word[2:] for word in case.arguments if word.startswith("--") and word[2:] not in case.label]
-    words += sorted(word for word in more if word.partition("=")[0] not in told)
-    return ", ".join([*words, candidate.name])
-
-
 # ---- training, memory, decoding --------------------------------------------------------------------------------------
 
 
 def measure(config, cases, peers, story):
     """Time every case and its peers in turn, print the table, and return {case key: record}."""
-    wanted = [(case, peer) for case in cases for peer in [None, *peers_beside(case, peers)]]
-    memory = measure_memory(wanted) if config.memory else {}
-    if parallel.find_place(cases[0].settings().train).device.type == "cuda":
+    place = parallel.find_place(cases[0].settings().train)
+    if place.device.type == "cuda":
         check_kernels(cases)
-    rows = {row: build(*row) for row in wanted}
-    for candidate in rows.values():
-        for _ in range(WARM_UP):
-            candidate.step()
-    first = next(iter(rows.values()))
-    ceiling = []
+    jobs = [Job(case, peer) for case in cases for peer in ["", *(peer.text for peer in peers_beside(case, peers))]]
 
-    def matrix_product():
-        ceiling.append(measured_peak(first.place.device, first.place.precision, seconds=0.1))
+    def ceiling():
+        return measured_peak(place.device, place.precision, seconds=0.1)
 
-    steps = {**{row: candidate.step for row, candidate in rows.items()}, "ceiling": matrix_product}
-    seconds = interleaved(steps, config.repeats, config.seconds, first.place.device, Progress("training"))
-    decoding = measure_decoding(config, rows)
-    records, table = {}, [TABLE_HEAD]
-    for (case, peer), candidate in rows.items():
-        rates = [candidate.tokens / second for second in seconds[case, peer]]
-        record = describe(case, candidate)
-        record["training"] = {
-            "tokens_per_second": spread(rates), "ceiling_flops_per_second": max(ceiling),
-            "share_of_ceiling": candidate.flops.training * spread(rates)["median"] / max(ceiling), **story,
-        }  # fmt: skip
-        if peer is not None:
-            ours = [candidate.tokens / second for second in seconds[case, None]]
+    with Workers(jobs, Progress("starting")) as workers:
+        rows = {(worker.job.case, worker.job.peer): worker for worker in workers}
+        steps = {**{row: worker.step for row, worker in rows.items()}, "ceiling": ceiling}
+        seconds = interleaved(steps, config.repeats, config.seconds, Progress("training"))
+        decoding = measure_decoding(config, rows)
+    peak, records, table = max(seconds["ceiling"]), {}, [TABLE_HEAD]
+    for (case, peer), worker in rows.items():
+        rates = [worker.about["tokens"] / second for second in seconds[case, peer]]
+        record = describe(worker)
+        share = worker.about["flops_per_token_training"] * spread(rates)["median"] / peak
+        record["training"] = {"tokens_per_second": spread(rates), "ceiling_flops_per_second": peak,
+                              "share_of_ceiling": share, **story}  # fmt: skip
+        if peer:
+            ours = [rows[case, ""].about["tokens"] / second for second in seconds[case, ""]]
             record["training"]["nanoarch_is_times_as_fast"] = ratio(ours, rates)
         if (case, peer) in decoding:
-            record["decode"] = {"tokens_per_second": spread(decoding[case, peer]), "prompt": prompt_length(
-                candidate.model.config), "tokens": decode_length(config, candidate), **story}  # fmt: skip
-        if (case, peer) in memory:
-            record["memory"] = {"peak_bytes": memory[case, peer], **story}
-        records[case_key(case, case.settings(), candidate)] = record
+            record["decode"] = {"tokens_per_second": spread(decoding[case, peer]), **story}
+        record["memory"] = {"peak_bytes": worker.about["peak_memory_bytes"], **story}
+        records[worker.about["key"]] = record
         table.append(table_row(case, peer, record))
-    print(f"\n{tokens_line(first)}; matrix product {max(ceiling) / 1e9:,.0f} GFLOP/s\n")
+    model = cases[0].settings()
+    shape = f"{model.train.batch_size} x {model.model.block_size} tokens"
+    print(f"\ntraining steps of {shape}, {place.precision}; matrix product {peak / 1e9:,.0f} GFLOP/s\n")
     print("\n".join(aligned(table)))
     return records
 
 
-def describe(case, candidate):
-    """What a record says of a candidate beside its numbers."""
-    model = candidate.model
-    record = {
-        "program": candidate.name, "arguments": list(case.arguments), "parameters": candidate.n_parameters,
-        "architecture": model.config.architecture_name(), "kernels": candidate.kernels, "compile": candidate.compiled,
-        "flops_per_token_training": candidate.flops.training,
-    }  # fmt: skip
-    if candidate.beside is None:
-        record["state_bytes"] = {"context": model.config.block_size,
-                                 "bytes": state_bytes(model, model.config.block_size)}  # fmt: skip
-    else:
-        record["program_version"] = candidate.beside.version
-    return record
+def describe(worker):
+    """A record of a worker, without its numbers."""
+    about = {name: value for name, value in worker.about.items() if name not in ("key", "tokens", "peak_memory_bytes")}
+    return about | {"arguments": list(worker.job.case.arguments)}
 
 
 TABLE_HEAD = ["case", "parameters", "tokens/s", "quartiles", "of ceiling", "peak memory", "decode/s", "state",
@@ -228,49 +188,33 @@ def table_row(case, peer, record):
     training, speed = record["training"], record["training"]["tokens_per_second"]
     state = record.get("state_bytes")
     return [
-        f"  {record['program']}" if peer is not None else case.label,
+        f"  {record['program']}" if peer else case.label,
         f"{record['parameters']:,}",
         number(speed["median"]),
         f"{number(speed['q1'])} to {number(speed['q3'])}",
         f"{100 * training['share_of_ceiling']:.0f}%",
-        human_bytes(record["memory"]["peak_bytes"]) if "memory" in record else "-",
+        human_bytes(record["memory"]["peak_bytes"]),
         number(record["decode"]["tokens_per_second"]["median"]) if "decode" in record else "-",
         human_bytes(state["bytes"]) if state else "-",
-        times(training["nanoarch_is_times_as_fast"]) if peer is not None else "",
+        times(training["nanoarch_is_times_as_fast"]) if peer else "",
     ]
-
-
-def tokens_line(candidate):
-    sequences, T = candidate.batch["inputs"].shape
-    return f"training steps of {sequences} x {T} tokens, {candidate.place.precision}"
-
-
-def measure_memory(rows):
-    """{row: bytes}; first of all, while this process is still small."""
-    result, progress = {}, Progress("memory")
-    for row in rows:
-        result[row] = peak_memory_bytes(*row)
-        progress(len(result) / len(rows))
-    return result
 
 
 def measure_decoding(config, rows):
     """{row: [tokens per second]} for the rows that can generate."""
-    able = {row: candidate for row, candidate in rows.items()
-            if candidate.model.config.causal and decode_length(config, candidate) > 0}  # fmt: skip
-    if not able:
+    lengths = {row: decode_length(config, row[0]) for row in rows}
+    functions = {row: (lambda row=row: rows[row].decode(lengths[row])) for row in rows if lengths[row]}
+    if not functions:
         return {}
-    functions = {row: (lambda c=candidate: c.decode(decode_length(config, c))) for row, candidate in able.items()}
-    device = next(iter(able.values())).place.device
-    interleaved(functions, 1, device=device)
-    seconds = interleaved(functions, 3, device=device, progress=Progress("decoding"))
-    return {row: [decode_length(config, able[row]) / second for second in seconds[row]] for row in able}
+    interleaved(functions, 1)
+    seconds = interleaved(functions, 3, progress=Progress("decoding"))
+    return {row: [lengths[row] / second for second in seconds[row]] for row in functions}
 
 
-def decode_length(config, candidate):
-    """Tokens to generate: with the prompt no more than block_size, which some peers cannot pass."""
-    shape = candidate.model.config
-    return min(config.decode_tokens, shape.block_size - prompt_length(shape))
+def decode_length(config, case):
+    """Tokens to generate, none where a token sees the next; with the prompt no more than block_size, a peer's limit."""
+    shape = case.settings().model
+    return max(0, min(config.decode_tokens, shape.block_size - prompt_length(shape))) if shape.causal else 0
 
 
 def check_kernels(cases):
@@ -290,20 +234,16 @@ def measure_contexts(config, cases, contexts, story):
     for case in cases:
         base = case.settings()
         tokens = max(base.train.batch_size * base.model.block_size, *contexts)
-        place = parallel.find_place(base.train)
-        candidates = {T: Candidate(case.settings(block_size=T), place, sequences=max(1, tokens // T)) for T in contexts}
-        functions = {T: candidate.forward_backward_alone for T, candidate in candidates.items()}
-        interleaved(functions, 1, device=place.device)
         progress = Progress(f"{case.label} at {len(contexts)} contexts")
-        seconds = interleaved(functions, config.repeats, config.seconds, place.device, progress)
-        cost = {T: [second / candidates[T].tokens for second in seconds[T]] for T in contexts}
+        with Workers([Job(case, context=T, tokens=tokens) for T in contexts]) as workers:
+            functions = {worker.job.context: worker.forward_backward for worker in workers}
+            seconds = interleaved(functions, config.repeats, config.seconds, progress)
+        cost = {w.job.context: [s / w.about["tokens"] for s in seconds[w.job.context]] for w in workers}
         growth = ratio(cost[contexts[-1]], cost[contexts[0]])
-        first = candidates[contexts[0]]
-        record = describe(case, first) | {"contexts": {
+        records[workers[0].about["key"]] = {"contexts": {
             "seconds_per_token": {str(T): spread(cost[T]) for T in contexts}, "last_to_first": growth,
             "tokens_in_a_batch": tokens, **story,
         }}  # fmt: skip
-        records[case_key(case, base, first)] = record
         table.append([case.label, *(number(1e6 * spread(cost[T])["median"]) for T in contexts), times(growth)])
     print("\n" + "\n".join(aligned(table)))
     return records

@@ -1,16 +1,20 @@
-"""What bench.py times: one architecture of ours, or a peer at its shape, and how.
+"""What bench.py times: one architecture of ours, or a peer at its shape, each in a process of its own, taking turns.
 
-case = Case('mamba2', ('config/arch_mamba2.py', '--block_size=256'))
-candidate = build(case)                       # with a peer: build(case, find_peers('transformers')[0])
-times = interleaved({'a': a.step, 'b': b.step}, repeats=10)
+    case = Case('mamba2', ('config/arch_mamba2.py', '--block_size=256'))
+    with Workers([Job(case), Job(case, 'transformers')]) as (ours, theirs):
+        seconds = interleaved({'ours': ours.step, 'theirs': theirs.step}, repeats=10)
+
+A process of its own lets each be as its users have it: its memory is its own, and so are its allocator's settings.
 """
 
+import contextlib
 import dataclasses
-import gc
 import multiprocessing
+import re
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,7 +23,7 @@ import kernels
 import training_parallel as parallel
 from bench_peers import find_peers
 from model_builder import ConfigurableGPT, on_meta, parameter_plan
-from model_flops import flops_per_token, synchronize
+from model_flops import flops_per_token, state_bytes, synchronize
 from training_objectives import OBJECTIVE_REGISTRY
 from training_optim import OPTIMIZER_REGISTRY, clip_gradients
 from user_errors import UserError
@@ -116,6 +120,19 @@ class Candidate:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def describe(self):
+        """What a result says of a candidate beside its numbers."""
+        config = self.model.config
+        record = {
+            "program": self.name, "architecture": config.architecture_name(), "parameters": self.n_parameters,
+            "kernels": dict(self.kernels), "compile": self.compiled, "precision": self.place.precision,
+            "flops_per_token_training": self.flops.training,
+        }  # fmt: skip
+        if self.beside is not None:
+            return record | {"program_version": self.beside.version}
+        return record | {"state_bytes": {"context": config.block_size,
+                                         "bytes": state_bytes(self.model, config.block_size)}}  # fmt: skip
+
     def decode(self, n):
         """Generate n tokens of one sequence, the likeliest each time."""
         prompt = self.batch["inputs"][:1, : prompt_length(self.model.config)]
@@ -134,12 +151,6 @@ def random_batch(config, sequences, device):
     return {"inputs": tokens[:, :-1].contiguous().to(device), "targets": tokens[:, 1:].contiguous().to(device)}
 
 
-def build(case, peer=None):
-    """Candidate of a case, or of a peer beside it."""
-    settings = case.settings()
-    return Candidate(settings, parallel.find_place(settings.train), peer)
-
-
 def peers_beside(case, peers):
     """Those of `peers` that have the case's architecture."""
     with on_meta():
@@ -150,90 +161,177 @@ def peers_beside(case, peers):
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def interleaved(functions, repeats, seconds=None, device=None, progress=None):
-    """{name: [seconds of each call]}: A B C A B C ..., so that what slows the machine down slows all of them.
+def interleaved(functions, repeats, seconds=None, progress=None):
+    """{name: [what each call gave]}: A B C A B C ..., so that what slows the machine down slows all of them.
 
     Args:
-        functions: {name: function without arguments}.
+        functions: {name: function without arguments that gives the seconds it took, or another number}.
         repeats: rounds; with `seconds`, as many as it takes to fill them, at least 3.
-        device: torch.device to wait for before the clock is read.
         progress: called after each round with the part that is done, in [0, 1].
     """
-    times, t_start = {name: [] for name in functions}, time.perf_counter()
+    results, t_start = {name: [] for name in functions}, time.perf_counter()
     while True:
         for name, function in functions.items():
-            t0 = time.perf_counter()
-            function()
-            if device is not None:
-                synchronize(device)
-            times[name].append(time.perf_counter() - t0)
-        n, elapsed = len(next(iter(times.values()))), time.perf_counter() - t_start
+            results[name].append(function())
+        n, elapsed = len(next(iter(results.values()))), time.perf_counter() - t_start
         done = n / repeats if seconds is None else min(n / 3, elapsed / seconds)
         if progress is not None:
             progress(min(done, 1.0))
         if done >= 1:
-            return times
+            return results
 
 
-def peak_memory_bytes(case, peer=None):
-    """Peak memory that training steps add: allocated on a CUDA device, else resident in a process of its own."""
-    place = parallel.find_place(case.settings().train)
-    if place.device.type == "cuda":
-        return _peak_memory_cuda(case, peer, place.device)
-    return in_its_own_process(_peak_memory_resident, case, "" if peer is None else peer.text)
+def timed(function):
+    """`function` made to give the seconds that a call takes."""
+
+    def call():
+        t0 = time.perf_counter()
+        function()
+        return time.perf_counter() - t0
+
+    return call
 
 
-def in_its_own_process(function, *arguments):
-    """function(*arguments) in a fresh interpreter."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        result, trouble = pool.apply(_result_or_trouble, (function, arguments))
-    if trouble is not None:
-        raise RuntimeError(f"in a process of its own:\n{trouble}")
-    return result
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def _result_or_trouble(function, arguments):
-    """An exception goes home as text: some cannot be pickled, and the pool would wait for ever."""
+@dataclass(frozen=True)
+class Job:
+    """What one process is for."""
+
+    case: Case
+    peer: str = ""  # as in --peers; '' is ours
+    context: int | None = None  # takes the place of block_size
+    tokens: int | None = None  # of a batch, as near as whole sequences come; None is batch_size sequences
+    keep_memory: bool = True  # ours: freed memory is kept for the next step, as train.py does
+
+
+class Worker:
+    """A Candidate in a process of its own, warmed up; every call waits for it and gives the seconds that it took."""
+
+    def __init__(self, job):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(end, job), daemon=True)
+        self.process.start()
+        end.close()
+        self.job = job
+
+    def wait(self):
+        """Until it is built and warm: its description, 'tokens' of a step and 'peak_memory_bytes' among it."""
+        self.about = self._answer()
+        return self
+
+    def step(self):
+        return self._ask("step")
+
+    def forward_backward(self):
+        return self._ask("forward_backward_alone")
+
+    def decode(self, n):
+        return self._ask("decode", n)
+
+    def close(self):
+        self.pipe.close()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+
+    def _ask(self, *words):
+        self.pipe.send(words)
+        return self._answer()
+
+    def _answer(self):
+        try:
+            kind, value = self.pipe.recv()
+        except EOFError:
+            raise UserError(f"the process of case '{self.job.case.label}' was killed; is memory short?") from None
+        if kind == "mistake":
+            raise UserError(value)
+        if kind == "trouble":
+            raise RuntimeError(f"case '{self.job.case.label}' {self.job.peer}, in its own process:\n{value}")
+        return value
+
+
+class Workers(contextlib.ExitStack):
+    """`with Workers(jobs) as workers`: one Worker for each job, all warm; closed at the end."""
+
+    def __init__(self, jobs, progress=None):
+        super().__init__()
+        self.jobs, self.progress = jobs, progress
+
+    def __enter__(self):
+        super().__enter__()
+        workers = []
+        for job in self.jobs:  # one after the other: a warm-up is heavy
+            workers.append(Worker(job))
+            self.callback(workers[-1].close)
+            workers[-1].wait()
+            if self.progress is not None:
+                self.progress(len(workers) / len(self.jobs))
+        return workers
+
+
+def _serve(pipe, job):
+    """Build what the job asks for, then answer calls until the other end closes."""
     try:
-        return function(*arguments), None
+        candidate, about = _make(job)
+        pipe.send(("value", about))
+        while True:
+            name, *arguments = pipe.recv()
+            t0 = time.perf_counter()
+            getattr(candidate, name)(*arguments)
+            synchronize(candidate.place.device)
+            pipe.send(("value", time.perf_counter() - t0))
+    except (EOFError, KeyboardInterrupt):
+        return  # the benchmark is over
+    except UserError as error:
+        pipe.send(("mistake", str(error)))
     except Exception:
-        return None, traceback.format_exc()
+        pipe.send(("trouble", traceback.format_exc()))
 
 
-def _peak_memory_cuda(case, peer, device):
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    _train_a_little(case, peer)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _peak_memory_resident(case, peer_text):
-    peer, settings = next(iter(find_peers(peer_text)), None), case.settings()
-    place = parallel.find_place(settings.train)
+def _make(job):
+    """(Candidate, its description) of a job, warm."""
+    if job.peer or not job.keep_memory:  # a setting of train.py that others do not have
+        parallel.keep_freed_memory = lambda: None
+    settings = job.case.settings(**({} if job.context is None else {"block_size": job.context}))
+    peer, place = next(iter(find_peers(job.peer)), None), parallel.find_place(settings.train)
     with on_meta():
         model = ConfigurableGPT(settings.model)
         _ = None if peer is None else peer.counterpart(model)  # for what it imports late
-    before = parallel.peak_memory_bytes(place)  # what the imports take is not the model's
-    _train_a_little(case, peer)
-    return parallel.peak_memory_bytes(place) - before
-
-
-def _train_a_little(case, peer):
-    candidate = build(case, peer)
+    before = _memory(place)
+    sequences = None if job.tokens is None else max(1, job.tokens // settings.model.block_size)
+    candidate = Candidate(settings, place, peer, sequences)
     for _ in range(WARM_UP):
         candidate.step()
-    synchronize(candidate.place.device)
+    synchronize(place.device)
+    about = candidate.describe() | {"tokens": candidate.tokens, "key": case_key(job.case, settings, candidate)}
+    return candidate, about | {"peak_memory_bytes": _memory(place) - before}
 
 
-def step_seconds(case, keep_memory, steps):
-    """[seconds] of training steps in this process, with freed memory kept for the next step or given back."""
-    if not keep_memory:
-        parallel.keep_freed_memory = lambda: None  # find_place calls it; this process has no other business
-    candidate = build(case)
-    for _ in range(WARM_UP):
-        candidate.step()
-    return interleaved({"step": candidate.step}, steps)["step"]
+def _memory(place):
+    """Peak of this process: allocated on a CUDA device, else resident."""
+    if place.device.type == "cpu" and (status := Path("/proc/self/status")).exists():
+        # The peak that getrusage gives includes what the parent had when it started this process.
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))[1])
+    return parallel.peak_memory_bytes(place)
+
+
+def case_key(case, settings, candidate):
+    """The name of a result in the file: what was measured, with everything that changes it."""
+    model, place = settings.model, candidate.place
+    words = [
+        case.label, f"{model.n_layer} x {model.n_embd}, vocabulary {model.vocab_size}",
+        f"batch {settings.train.batch_size} x {case.settings().model.block_size}", place.precision,
+        f"compile {candidate.compiled.partition(':')[0]}",
+    ]  # fmt: skip
+    words += [f"{torch.get_num_threads()} thread(s)"] if place.device.type == "cpu" else []
+    told = {"n_layer", "n_embd", "vocab_size", "batch_size", "block_size", "dtype", "tf32", "compile", "threads",
+            "device"}  # fmt: skip
+    more = [word[2:] for word in case.arguments if word.startswith("--") and word[2:] not in case.label]
+    words += sorted(word for word in more if word.partition("=")[0] not in told)
+    return ", ".join([*words, candidate.name])
 
 
 # ---- the fast paths against the plain ones ---------------------------------------------------------------------------
