@@ -89,7 +89,7 @@ def main(arguments):
     }  # fmt: skip
     print(f"{device_name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
     with parallel.memory_errors():
-        if not parts or cases[0].arguments:
+        if not parts or cases[0].has_files:
             save(path, device_name, {"cases": measure(config, cases, peers, story)})
         if contexts:
             save(path, device_name, {"cases": measure_contexts(config, cases, contexts, story)})

@@ -40,6 +40,10 @@ class Case:
     label: str
     arguments: tuple  # for configurator.read_settings: files, then --key=value
 
+    @property
+    def has_files(self):
+        return any(not word.startswith("--") for word in self.arguments)
+
     def settings(self, **changes):
         """Settings with a vocabulary; `changes` go to the model, such as block_size=512."""
         settings = configurator.with_vocabulary(configurator.read_settings(list(self.arguments)), VOCAB_SIZE)
