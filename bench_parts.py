@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from bench_cases import Job, Workers, interleaved, timed
 from bench_record import spread
 from kernels import cpu_norm
-from mixer_short_conv import ShiftedSum
+from model_builder import ConfigurableGPT
 from model_components import rms_norm
+from model_config import ModelArchitectureConfig
 from user_errors import UserError
 
 PARTS = {}
@@ -111,19 +112,19 @@ def gelu(case, config, progress):
 @part("conv")
 def conv(case, config, progress):
     """Short causal convolution of 4 tokens, forward and backward."""
-    B, T, C, K = 8, 256, 512, 4
+    model = ConfigurableGPT(ModelArchitectureConfig.from_preset("mamba", n_layer=1, n_embd=256, vocab_size=2))
+    conv = model.blocks[0].mixer.conv1d
 
     def conv1d(x, weight):
-        return F.conv1d(F.pad(x.transpose(1, 2), (K - 1, 0)), weight, groups=C).transpose(1, 2)
+        return F.conv1d(F.pad(x.transpose(1, 2), (conv.width - 1, 0)), weight, conv.bias, groups=conv.channels)
 
-    def shifted(x, weight):
-        return ShiftedSum.apply(x, weight, None, None)
+    def ours(x, weight):
+        return torch.func.functional_call(conv, {"weight": weight}, x)[0]
 
-    variants = {
-        name: forward_backward(function, (B, T, C), (C, 1, K))
-        for name, function in (("conv1d", conv1d), ("ShiftedSum", shifted))
-    }
-    return {f"{B} x {T} x {C}": milliseconds(variants, config, progress)}
+    shape = (8, 256, conv.channels)
+    variants = {name: forward_backward(function, shape, conv.weight.shape)
+                for name, function in (("conv1d", conv1d), ("ShortConv", ours))}  # fmt: skip
+    return {" x ".join(map(str, shape)): milliseconds(variants, config, progress)}
 
 
 @part("adamw")

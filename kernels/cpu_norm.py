@@ -27,6 +27,7 @@ class RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
+        grad = grad.contiguous()
         product = grad * x
         rows = product.view(-1, x.size(-1))  # (rows, C)
         grad_weight = torch.mv(rows.t(), scale.view(-1))

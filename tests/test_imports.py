@@ -28,6 +28,7 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "training": ["training_*"],
     "saving and judging": ["training_checkpoint", "training_logger", "training_report", "eval_*"],
     "comparison": ["comparison_*"],
+    "benchmarks": ["bench_*"],
     "scripts": SCRIPTS,
 }
 ORDER = [*LAYERS]
