@@ -29,6 +29,7 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "saving and judging": ["training_checkpoint", "training_logger", "training_report", "eval_*"],
     "comparison": ["comparison_*"],
     "sweeps": ["sweep_*"],
+    "benchmarks": ["bench_*"],
     "scripts": SCRIPTS,
 }
 ORDER = [*LAYERS]
