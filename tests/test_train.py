@@ -77,6 +77,7 @@ def test_config_json_tells_the_whole_story(whole):
     assert config["state"] == {"bytes_per_sequence": 16 * 2 * 16 * 4, "context": 16}  # T keys and values of C float32
     assert len(config["dataset"]["fingerprint"]) == 64 and config["dataset"]["tokenizer"] == "byte"
     assert config["resolved"]["device"] == "cpu" and config["resolved"]["kernels"]["attention"] == "sdpa"
+    assert "attention" not in config["resolved"]["kernels_not_taken"]
     assert config["resolved"]["tokens_per_step"] == 64 and config["resolved"]["dtype"] == "float32"
     assert config["versions"]["torch"] == torch.__version__
     assert set(config["git"]) == {"commit", "dirty"}
