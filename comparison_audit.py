@@ -204,34 +204,27 @@ def tuning_findings(runs):
     """Whoever was tried at more learning rates had more chances (DESIGN 4.6)."""
     budgets = tuning_budgets(runs)
     consequence = "not the same tuning budget: whoever was tried more often had more chances"
-    check = Check("tuning budget", "warns", consequence, lambda run: budget_text(budgets[run]), (LOSS,))
+    check = Check("tuning budget", "warns", consequence, budgets.get, (LOSS,))
     return differing(check, [run for run in runs if run.is_finished])
 
 
 def tuning_budgets(runs):
-    """{run: how many settings of learning rate and weight decay its architecture was tried at}.
+    """{run: how much its architecture was tuned, in words}.
 
-    As a sweep wrote it down in config.json (`tuning`: {setting: [values tried]}), else counted among these runs.
+    As a sweep wrote it down (`tuning_runs` trials of `tuning_tokens` tokens in all); else the settings of learning rate
+    and weight decay at which the architecture stands among these runs.
     """
     tried = defaultdict(set)
     for run in runs:
         rate = run.get("training_config", "learning_rate"), run.get("training_config", "weight_decay")
         tried[key_of(run.model)].add(key_of(list(rate)))
-    return {run: recorded_budget(run) or len(tried[key_of(run.model)]) for run in runs}
+    return {run: recorded_budget(run) or f"{len(tried[key_of(run.model)])} tried here" for run in runs}
 
 
 def recorded_budget(run):
-    """The number of settings on the grid that a sweep recorded, or None."""
-    grid = run.get("tuning")
-    sizes = [len(values) for values in grid.values() if isinstance(values, list)] if isinstance(grid, dict) else []
-    product = 1
-    for size in sizes:
-        product *= max(1, size)
-    return product if sizes else None
-
-
-def budget_text(budget):
-    return f"{budget} setting{'s' if budget > 1 else ''} of learning rate and weight decay tried"
+    """'9 trials, 4,500,000 tokens', or None where no sweep tuned this run."""
+    n_trials, tokens = (number(run.get("training_config", name)) for name in ("tuning_runs", "tuning_tokens"))
+    return f"{n_trials} trials, {tokens or 0:,} tokens" if n_trials else None
 
 
 def length_findings(runs):

@@ -162,16 +162,19 @@ def test_an_architecture_tried_at_more_learning_rates_had_more_chances(tmp_path)
 
 
 def test_a_recorded_tuning_budget_counts_instead(tmp_path):
-    grid = {"learning_rate": [1e-3, 3e-3], "weight_decay": [0.1]}
-    for name, layers in (("a", 2), ("b", 3)):
-        folder = make_run(tmp_path, name, n_layer=layers)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        write_json(folder / "config.json", config | {"tuning": grid})
-    make_run(tmp_path, "c", n_layer=4)
-    a, b, c = find_runs(tmp_path)[0]
-    voids = Voids([a, b, c])
+    tuned = {"training_config__tuning_runs": 6, "training_config__tuning_tokens": 600_000}
+    make_run(tmp_path, "a", learning_rate=1e-3, **tuned)
+    make_run(tmp_path, "b", learning_rate=3e-3, n_layer=3, **tuned)
+    make_run(tmp_path, "less", n_layer=4, **tuned | {"training_config__tuning_runs": 3})
+    make_run(tmp_path, "untuned", n_layer=5)
+    a, b, less, untuned = find_runs(tmp_path)[0]
+    voids = Voids([a, b, less, untuned])
     assert voids.between([a], [b]) == []
-    assert voids.between([a], [c]) == ["tuning budget differs"]
+    assert [voids.between([a], [other]) for other in (less, untuned)] == [["tuning budget differs"]] * 2
+    (found,) = [finding for finding in audit([a, b, less, untuned]) if finding.what == "tuning budget"]
+    assert found.runs_by_value == {
+        "6 trials, 600,000 tokens": ["a", "b"], "3 trials, 600,000 tokens": ["less"], "1 tried here": ["untuned"],
+    }  # fmt: skip
 
 
 PART = '''
