@@ -7,26 +7,20 @@ It follows the reader's light or dark setting and fits a phone: charts are small
 """
 
 import html
-import math
 from pathlib import Path
 
-import numpy as np
-
 from comparison_audit import LOSS, SPEED
-from comparison_curves import curve
+from comparison_charts import (
+    MAX_LINES,
+    curve_charts,
+    difference_charts,
+    order_charts,
+    pareto_charts,
+    scaling_charts,
+)
 from comparison_html_style import STYLE
-from comparison_plots import loss_limits
 from comparison_ranking import WHAT, cell, component_effects, name_of, numbers_of, p_text
 from comparison_runs import BOOKKEEPING, differing_fields, setting_text, value_text
-from comparison_svg import (
-    Series,
-    interval_chart,
-    line_chart,
-    padded,
-    plain_number,
-    scatter_chart,
-    tokens_number,
-)
 from comparison_words import (
     amount_text,
     best_pair_section,
@@ -43,10 +37,8 @@ from comparison_words import (
     void_section,
 )
 
-MAX_LINES = 10  # configurations in one chart
 MAX_PAIRS = 120  # rows of the pairs' table
 MAX_RUNS = 150  # configurations with a section of their own
-AXIS_TEXT = {"tokens": tokens_number}
 CLAIMS = {(LOSS,): "loss", (SPEED,): "speed", (LOSS, SPEED): "loss and speed", (): ""}
 WORDS = {"voids": "ranked apart", "warns": "careful", "note": "note"}
 
@@ -102,10 +94,8 @@ def words(sections, level="h3"):
 
 
 def figures(charts):
-    """Charts beside each other where there is room; (caption, svg) pairs."""
-    drawn = "".join(tag("figure", svg + (tag("figcaption", escape(caption)) if caption else ""))
-                    for caption, svg in charts)  # fmt: skip
-    return tag("div", drawn, class_="charts") if charts else ""
+    """Charts beside each other where there is room."""
+    return tag("div", "".join(tag("figure", svg) for svg in charts), class_="charts") if charts else ""
 
 
 def badge(verdict):
@@ -208,23 +198,10 @@ def pairs_part(ranking):
     """Every pair with its corrected verdict, and intervals against the best."""
     if len(ranking.ranked) < 2:
         return ""
-    best, numbers = ranking.best, ranking.numbers
-    chart = []
-    for each in ranking.ranked[: MAX_LINES + 1]:
-        pair = ranking.pair(best, each) if each is not best else None
-        if pair is not None and pair.difference.n and not pair.voids:
-            pair = pair if pair.second is each else pair.reversed()
-            color = ranking.ranked.index(each)
-            chart.append((f"{numbers[each]} {each.label}", pair.difference.mean, pair.difference.half_width, color))
-    title = f"Difference from {numbers[best]} {best.label}"
-    figure = (
-        figures([("", interval_chart(chart, f"{WHAT[ranking.loss_column]}, minus {best.label}'s", title))])
-        if chart
-        else ""
-    )
-    with_best = [pair for pair in ranking.pairs.values() if best in (pair.first, pair.second)]
-    others = [pair for pair in ranking.pairs.values() if best not in (pair.first, pair.second)]
-    return tag("p", pairs_told(ranking)) + figure + pairs_table(ranking, with_best) + other_pairs(ranking, others)
+    with_best = [pair for pair in ranking.pairs.values() if ranking.best in (pair.first, pair.second)]
+    others = [pair for pair in ranking.pairs.values() if ranking.best not in (pair.first, pair.second)]
+    top = tag("p", pairs_told(ranking)) + figures(difference_charts(ranking))
+    return top + pairs_table(ranking, with_best) + other_pairs(ranking, others)
 
 
 def pairs_told(ranking):
@@ -259,25 +236,9 @@ def other_pairs(ranking, pairs):
 
 def curves_part(ranking, analysis, log_x):
     """Validation loss against each axis that the runs record."""
-    configurations = ranking.configurations[:MAX_LINES]
-    curves = {run: curve(run, ranking.loss_column) for each in configurations for run in each.runs}
-    if not any(points["loss"] for points in curves.values()):
+    charts, absent = curve_charts(ranking, analysis, log_x)
+    if not charts:
         return tag("p", "No run has evaluations in metrics.jsonl.")
-    limits = loss_limits([{name: np.array(points[name], dtype=float) for name in ("loss", "tokens")}
-                          for points in curves.values()])  # fmt: skip
-    if analysis.target is not None:
-        limits = (min(limits[0], analysis.target), max(limits[1], analysis.target))
-    charts, absent = [], []
-    for axis in ("tokens", "FLOPs", "hours", "joules"):
-        series = [line for index, each in enumerate(configurations)
-                  if (line := series_of(ranking, each, index, curves, axis)).x]  # fmt: skip
-        if not series:
-            absent.append(axis)
-            continue
-        title = f"{WHAT[ranking.loss_column]} against {axis}".replace("final ", "").capitalize()
-        x_label, x_text = axis if axis == "tokens" else f"training {axis}", AXIS_TEXT.get(axis, plain_number)
-        chart = line_chart(series, x_label, loss_name(ranking), limits, title, log_x, x_text, analysis.target)
-        charts.append(("", chart))
     told = ["Lines are means over seeds, bands reach from the lowest seed to the highest."]
     if analysis.target is not None:
         told.append(f"The dotted line is the loss of {analysis.target:.4f} that costs are about.")
@@ -287,25 +248,6 @@ def curves_part(ranking, analysis, log_x):
         told.append("No run recorded joules: its device does not tell them.")
     told += [f"No run recorded {axis}." for axis in absent if axis != "joules"]
     return tag("p", escape(" ".join(told))) + figures(charts)
-
-
-def loss_name(ranking):
-    return WHAT[ranking.loss_column].replace("final ", "").replace("best ", "")
-
-
-def series_of(ranking, configuration, index, curves, axis):
-    """The mean over a configuration's runs at the token counts that all of them were evaluated at."""
-    tables = [{tokens: (x, loss) for tokens, x, loss in zip(points["tokens"], points[axis], points["loss"], strict=True)
-               if x is not None} for points in (curves[run] for run in configuration.runs)]  # fmt: skip
-    name = f"{ranking.numbers[configuration].lstrip('#')} {configuration.label}"
-    series = Series(name, index, [], [])
-    for tokens in sorted(set.intersection(*map(set, tables))):
-        xs, losses = zip(*(each[tokens] for each in tables), strict=True)
-        series.x.append(math.fsum(xs) / len(xs))
-        series.y.append(math.fsum(losses) / len(losses))
-        series.low.append(min(losses))
-        series.high.append(max(losses))
-    return series
 
 
 def costs_part(ranking, analysis):
@@ -333,46 +275,15 @@ def cost_cell(ranking, analysis, costs, axis):
 
 
 def order_part(ranking, analysis):
-    sections = stability_section(ranking, analysis)
-    order = analysis.order
-    if order is None or len(ranking.ranked) < 3:
-        return words(sections, "p")
-    known = [(tokens, tau) for tokens, tau in zip(order.tokens, order.taus, strict=True) if tau is not None]
-    line = Series("agreement", 0, [tokens for tokens, _ in known], [tau for _, tau in known])
-    title = "Kendall's tau with the final order"
-    chart = line_chart([line], "tokens", title, (-1.05, 1.05), title, x_text=tokens_number)
-    return words(sections, "p") + figures([("", chart)])
+    """Whether an early order holds, and a small one; drawn where three rows can change places."""
+    charts = order_charts(analysis.order) if analysis.order is not None and len(ranking.ranked) > 2 else []
+    return words(stability_section(ranking, analysis), "p") + figures(charts)
 
 
 def pareto_part(ranking, analysis):
     if not analysis.fronts:
         return ""
-    charts = []
-    color = {each: index for index, each in enumerate(ranking.ranked)}
-    for front in analysis.fronts:
-        if front.why_not:
-            continue
-        drawn = [point for point in front.points if point[0] > 0][:40]
-        unit, size = unit_of(front.column, [cost for cost, _, _ in drawn])
-        points = [(cost / size, loss, f"{color[each] + 1} {each.label}", color[each]) for cost, loss, each in drawn]
-        on_it = [index for index, point in enumerate(drawn) if point[2] in front.members]
-        on_it.sort(key=lambda index: points[index][0])
-        if points:
-            charts.append(
-                (
-                    "",
-                    scatter_chart(points, on_it, front.title + unit, loss_name(ranking), f"Loss against {front.title}"),
-                )
-            )
-    return words(pareto_section(ranking, analysis), "p") + figures(charts)
-
-
-def unit_of(column, values):
-    """(', MiB', 2**20) for bytes, in the largest unit that leaves the largest value above one; ('', 1) for the rest."""
-    if not column.endswith("_bytes") or not values:
-        return "", 1
-    power = min(3, max(0, int(math.log2(max(values))) // 10))
-    return f", {('bytes', 'KiB', 'MiB', 'GiB')[power]}", 2 ** (10 * power)
+    return words(pareto_section(ranking, analysis), "p") + figures(pareto_charts(ranking, analysis))
 
 
 def effects_part(ranking):
@@ -392,36 +303,10 @@ def effects_part(ranking):
 
 
 def scaling_part(analysis):
-    """Fits and iso-FLOP curves, one colour for each family."""
+    """Fits and iso-FLOP curves."""
     if not analysis.laws:
         return ""
-    charts = []
-    sizes = [(size, loss) for each in analysis.laws for size, loss in zip(each.family.sizes, each.losses, strict=True)]
-    if sizes:
-        charts.append(("", law_chart(analysis.laws)))
-    charts += [("", iso_chart(each)) for each in analysis.laws if each.iso_flops]
-    return words(scaling_section(analysis), "p") + figures(charts)
-
-
-def law_chart(laws):
-    """Losses by size, each family with its fitted line."""
-    series = []
-    for index, each in enumerate(laws):
-        x = np.geomspace(each.family.sizes[0], each.family.sizes[-1], 30)
-        series.append(Series(each.family.label, index, list(map(float, x)), list(map(float, each.by_size(x)))))
-    values = [value for line in series for value in line.y] + [loss for each in laws for loss in each.losses]
-    return line_chart(
-        series, "parameters", "final loss", padded(values), "Loss by parameters, fitted", True, tokens_number
-    )
-
-
-def iso_chart(laws):
-    """The losses of several sizes, a line for each FLOPs budget."""
-    lines = [Series(f"{plain_number(iso.flops)} FLOPs", index, iso.sizes, iso.losses)
-             for index, iso in enumerate(laws.iso_flops)]  # fmt: skip
-    values = [loss for line in lines for loss in line.y]
-    title = f"{laws.family.label}: same FLOPs, other sizes"
-    return line_chart(lines, "parameters", "loss", padded(values), title, True, tokens_number)
+    return words(scaling_section(analysis), "p") + figures(scaling_charts(analysis.laws))
 
 
 # -- one section for each configuration

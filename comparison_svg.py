@@ -19,7 +19,7 @@ LETTER = 7.8  # pixels a letter of a label takes
 
 @dataclass
 class Series:
-    """One line: its name, the index of its colour, and its points; the band is optional."""
+    """One line: its name, the index of its colour, and its points; band and dots (measured points) are optional."""
 
     name: str
     color: int
@@ -27,6 +27,7 @@ class Series:
     y: list
     low: list = field(default_factory=list)
     high: list = field(default_factory=list)
+    dots: list = field(default_factory=list)
 
 
 # -- scales
@@ -196,7 +197,7 @@ def line_chart(series, x_label, y_label, y_limits, title, is_log=False, x_text=p
     """Lines named at their right ends, a single one by the title alone. `marker` is a y that is marked, as a target."""
     right = WIDTH - (LABEL_ROOM if len(series) > 1 else 24)
     values = [x for each in series for x in each.x if not is_log or x > 0]
-    low, high = (min(values), max(values)) if is_log else (0, max(values))
+    low, high = (min(values, default=1), max(values, default=1)) if is_log else (0, max(values))
     x_scale = Scale(low, high, LEFT, right, is_log and high > low)
     y_scale = Scale(*y_limits, HEIGHT - BOTTOM, TOP)
     body = "".join(line_with_band(each, x_scale, y_scale) for each in series)
@@ -221,6 +222,8 @@ def line_with_band(series, x_scale, y_scale):
         back = [(series.x[index], series.low[index]) for index in reversed(usable)]
         drawn += element("path", d=path_of(x_scale, y_scale, there + back) + "Z", class_=f"b {color}")
     drawn += element("path", d=path_of(x_scale, y_scale, points), class_=f"l {color}")
+    for x, y in series.dots:
+        drawn += element("circle", cx=number(x_scale(x)), cy=number(y_scale(y)), r=3.5, class_=f"p on {color}")
     return drawn
 
 
