@@ -51,7 +51,7 @@ class Laws:
 
     family: Family
     by_size: object  # PowerLaw
-    by_flops: tuple | None  # (PowerLaw, FLOPs, envelope)
+    by_flops: tuple | None  # as loss_by_flops returns it
     iso_flops: list
     losses: list  # of the members, in the order of their sizes
 

@@ -48,7 +48,7 @@ dt:only-child{grid-column:1/-1;font-weight:400}
 dd{margin:0;overflow-wrap:anywhere}
 dt{overflow-wrap:anywhere}
 .scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:6px;background:var(--card);margin:8px 0 12px}
-table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;min-width:100%}
+table{border-collapse:separate;border-spacing:0;font-size:.88rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:7px 12px;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule);white-space:nowrap}
 tbody tr:last-child td{border-bottom:0}
 th{background:var(--tint);font-weight:600}

@@ -218,7 +218,7 @@ def flops_range(family, column):
 
 
 def loss_by_flops(family, column, rng):
-    """(PowerLaw, FLOPs, envelope) of the lowest loss over sizes; None where the curves do not overlap."""
+    """(PowerLaw, FLOPs, envelope, sizes that are lowest somewhere); None where the curves do not overlap."""
     span = flops_range(family, column)
     if span is None:
         return None
@@ -231,7 +231,7 @@ def loss_by_flops(family, column, rng):
     fit = fit_power_law(flops, envelope)
     drawn = np.stack(list(resampled_envelopes(curves, rng)))
     exponents = best_exponents(flops, drawn, np.ones_like(drawn), EXPONENTS, fit.has_floor)
-    return with_interval(fit, exponents), flops, envelope
+    return with_interval(fit, exponents), flops, envelope, len(set(np.nanargmin(means, axis=0)))
 
 
 def resampled_envelopes(curves, rng):

@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 380, 270
 LEFT, TOP, BOTTOM = 54, 12, 44
 LABEL_ROOM = 106  # to the right of the lines, for their names
 N_COLORS = 7
-LETTER = 7.8  # pixels a letter of a label takes
+LETTER = 8.2  # pixels a letter of a label takes
 
 
 @dataclass

@@ -336,7 +336,7 @@ def scaling_section(analysis):
     for each in analysis.laws:
         rows.append((f"{each.family.label}: loss by parameters", law_text(each.by_size, "N", len(each.family.members))))
         if each.by_flops is not None:
-            rows.append((f"{each.family.label}: loss by FLOPs", law_text(each.by_flops[0], "C", None)))
+            rows.append((f"{each.family.label}: loss by FLOPs", flops_law_text(each.by_flops)))
         for iso in each.iso_flops:
             best = "outside the sizes tried" if iso.best_size is None else f"{count(iso.best_size)} parameters"
             rows.append((f"{each.family.label}: best size for {si(iso.flops)} FLOPs", best))
@@ -346,9 +346,16 @@ def scaling_section(analysis):
 def law_text(law, letter, n_sizes):
     floor = f"{law.floor:.3f} + " if law.has_floor else ""
     interval = f"exponent {law.exponent:.3f} ({law.low:.3f} to {law.high:.3f}, bootstrapped)"
-    few = "; without E, which so few sizes cannot tell" if n_sizes is not None and not law.has_floor else ""
-    sizes = f"; {n_sizes} sizes" if n_sizes is not None else "; the lowest loss of any size"
-    return f"L({letter}) = {floor}{law.coefficient:.3g} {letter}^-{law.exponent:.3f}; {interval}{sizes}{few}"
+    few = "; without E, which so few sizes cannot tell" if not law.has_floor else ""
+    return f"L({letter}) = {floor}{law.coefficient:.3g} {letter}^-{law.exponent:.3f}; {interval}; {n_sizes} sizes{few}"
+
+
+def flops_law_text(found):
+    """The law of the envelope, with a warning where a single size is lowest throughout."""
+    law, _, _, n_lowest = found
+    text = law_text(law, "C", n_lowest).replace("sizes", "sizes are lowest in turn")
+    alone = "one size is lowest throughout, so this is its own curve and no frontier"
+    return text if n_lowest > 1 else text.replace("1 sizes are lowest in turn", alone)
 
 
 def sections_before(ranking, limit):

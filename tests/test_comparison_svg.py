@@ -6,6 +6,7 @@ import pytest
 
 from comparison_svg import (
     HEIGHT,
+    LETTER,
     WIDTH,
     Scale,
     Series,
@@ -73,7 +74,7 @@ def test_labels_at_the_bottom_go_up():
 def test_long_names_are_cut_in_the_middle():
     assert cut("short", 100) == "short"
     name = cut("mamba2-with-a-long-name-60M", 100)
-    assert len(name) * 7.8 <= 100 and name.startswith("mamba2") and name.endswith("60M")
+    assert len(name) * LETTER <= 100 and name.startswith("mamba2") and name.endswith("60M")
 
 
 def parsed(svg):
