@@ -147,8 +147,11 @@ def split_arguments(arguments, types=None):
         yield "setting", (name, text)
 
 
-def exec_config_file(path, values):
+def exec_config_file(path, values, types=None):
     """{setting: value} that one config file assigns, `values` being what it sees.
+
+    Args:
+        types: {setting: type} of a script with settings of its own; None takes `setting_types()`.
 
     The current values stand where builtins are looked up, so what is left in the file's own namespace is exactly what
     the file assigned.
@@ -173,11 +176,12 @@ def exec_config_file(path, values):
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(path, error)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{path}, line {line}: {kind}{error}") from None
-    own = _own_business(text, namespace)
-    return {name: check_type(name, value, str(path)) for name, value in namespace.items() if name not in own}
+    types = setting_types() if types is None else types
+    own = _own_business(text, namespace, types)
+    return {name: check_type(name, value, str(path), types) for name, value in namespace.items() if name not in own}
 
 
-def _own_business(text, namespace):
+def _own_business(text, namespace, known):
     """The names in a config file's namespace that are no settings of it: `_names`, imports, functions and classes.
 
     A setting's name must be defined or imported to be one of them: `activation = F.silu` is a mistake, not a helper.
@@ -189,7 +193,7 @@ def _own_business(text, namespace):
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined.add(node.name)
     helpers = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    own, known = {name for name in namespace if name.startswith("_")}, setting_types()
+    own = {name for name in namespace if name.startswith("_")}
     for name in namespace.keys() - own:
         is_helper = isinstance(namespace[name], helpers)
         if name in known:
@@ -358,6 +362,8 @@ def resume(arguments):
     changed = [(name, old[name], new[name]) for name in old if old[name] != new[name]]
     changed += [(name, getattr(before.train, name), getattr(settings.train, name)) for name in FIXED_FOR_A_RUN
                 if getattr(before.train, name) != getattr(settings.train, name)]  # fmt: skip
+    old, new = _options_of_the_objective(before.train), _options_of_the_objective(settings.train)
+    changed += [(name, old[name], new.get(name)) for name in old if old[name] != new.get(name)]
     if before.train.sequences_per_step != settings.train.sequences_per_step:
         name = "batch_size x gradient_accumulation_steps"
         changed.append((name, before.train.sequences_per_step, settings.train.sequences_per_step))
@@ -368,6 +374,12 @@ def resume(arguments):
         )
     sources = before.sources + [source for source in settings.sources if source not in before.sources]
     return dataclasses.replace(settings, sources=sources)
+
+
+def _options_of_the_objective(config):
+    """{option: value} of what the loss is: a resumed run keeps it."""
+    part = ALL_REGISTRIES.get("objective", {}).get(config.objective)
+    return vars(config.options_for(part))
 
 
 # ---- help ------------------------------------------------------------------------------------------------------------

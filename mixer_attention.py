@@ -179,6 +179,7 @@ class Attention(Mixer):
 
     residual_out = ("out.weight",)
     bidirectional = True
+    operation = "attention"
     needed_options = ("sliding_window",)
     positions = POSITION_ENCODING_REGISTRY  # every one, those that a user registers later too
 

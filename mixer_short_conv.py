@@ -26,8 +26,8 @@ def document_runs(document_ids):
 class ShiftedSum(torch.autograd.Function):
     """y_t = bias + sum_j weight_(K-1-j) x_(t-j) for each channel, zeros before the first token and before each run.
 
-    x (B, T, C), weight (C, 1, K), bias (C,) or None, runs (B, T) from document_runs or None. On a CPU it trains seven
-    times as fast as F.conv1d(groups=C), which wants channels first (8 x 256 x 512, K = 4: 4.5 ms against 33 ms).
+    x (B, T, C), weight (C, 1, K), bias (C,) or None, runs (B, T) from document_runs or None. On a CPU it trains twice
+    as fast as F.conv1d(groups=C), which wants channels first (8 x 256 x 512, K = 4, one thread: 7 ms against 18 ms).
     """
 
     @staticmethod

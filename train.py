@@ -33,7 +33,7 @@ from model_builder import ConfigurableGPT, parameter_plan, unused_options  # noq
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
 from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
 from training_ledger import Ledger  # noqa: E402
-from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, validation_scores  # noqa: E402
+from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, added, validation_scores  # noqa: E402
 from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
 from training_report import startup_report  # noqa: E402
 from user_errors import UserError, exit_on_user_error  # noqa: E402
@@ -59,8 +59,9 @@ def train(arguments, closing):
     # ---- data: the same tokens in the same order for every architecture ----------------------------------------------
     check_split(config.sequences_per_step, config.batch_size, place.world_size)
     dataset = load_dataset(config, may_prepare=place.local_rank == 0, quiet=not place.is_main)
-    settings = configurator.with_vocabulary(settings, dataset.vocab_size)
-    dataset.check_vocab(settings.model.vocab_size)
+    extra_tokens = OBJECTIVE_REGISTRY[config.objective].extra_tokens(config)
+    settings = configurator.with_vocabulary(settings, dataset.vocab_size + extra_tokens)
+    dataset.check_vocab(settings.model.vocab_size, extra_tokens)
     block_size = settings.model.block_size
     stream = BatchStream(dataset, block_size, config.sequences_per_step, config.seed)
     validation = ValidationSet(dataset, block_size, windows_of(config.eval_iters, block_size))
@@ -69,12 +70,12 @@ def train(arguments, closing):
     # ---- model, objective, optimizer ---------------------------------------------------------------------------------
     model = ConfigurableGPT(settings.model, config.seed)
     plan = parameter_plan(model)
-    flops = flops_per_token(model)
+    objective = OBJECTIVE_REGISTRY[config.objective](model, config)
+    flops = flops_per_token(model, head_fraction=objective.head_fraction)
     ledger = Ledger(stream.tokens_per_step, flops.training, stream.initial_hash)
     model.check_device(place.device)
     model.to(place.device)
-    chosen_kernels = kernels.choose(model, place.device, config.kernel_backend)
-    objective = OBJECTIVE_REGISTRY[config.objective](model, config)
+    chosen_kernels = kernels.choose(model, place.device, config.kernel_backend, parallel.DTYPES[place.dtype])
     optimizers = OPTIMIZER_REGISTRY[config.optimizer](plan, dict(model.named_parameters()), config, place.device)
     schedule = build_schedule(config, total_steps)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == "float16")
@@ -100,7 +101,8 @@ def train(arguments, closing):
     # ---- compile, then distribute ------------------------------------------------------------------------------------
     module, compiled = objective, "off"
     if parallel.wants_compile(config, place):
-        module, compiled = parallel.compile_module(objective, stream.batches(0, 0, 1, config.batch_size)[0], place)
+        example = objective.prepare(stream.batches(0, 0, 1, config.batch_size)[0], config.seed)
+        module, compiled = parallel.compile_module(objective, example, place)
     module = parallel.wrap(module, place)
 
     # ---- say what is about to happen ---------------------------------------------------------------------------------
@@ -108,7 +110,8 @@ def train(arguments, closing):
     resolved = {
         "device": str(place.device), "device_name": place.device_name(), "world_size": place.world_size,
         "dtype": place.dtype, "tf32": place.tf32, "compile": compiled, "threads": torch.get_num_threads(),
-        "kernels": chosen_kernels, "max_iters": total_steps,
+        "kernels": chosen_kernels, "kernels_not_taken": chosen_kernels.not_taken, "max_iters": total_steps,
+        "scoring": objective.scoring(),
         "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second,
         "peak_source": peak.source,
     }  # fmt: skip
@@ -148,8 +151,8 @@ def train(arguments, closing):
 
     def evaluate():
         """Score the fixed validation windows and keep the result."""
-        t0 = time.perf_counter()
-        scores = validation_scores(objective, validation, config.batch_size, place)
+        t0, is_final = time.perf_counter(), config.eval_only or ledger.step == total_steps
+        scores = validation_scores(objective, validation, config.batch_size, place, is_final)
         seconds = time.perf_counter() - t0
         ledger.eval_seconds += seconds
         row = {"kind": "eval", "step": ledger.step, "tokens_processed": ledger.tokens_processed, **scores,
@@ -173,12 +176,12 @@ def train(arguments, closing):
             evaluate()  # the run stopped between saving and evaluating
     loader = closing.enter_context(Prefetcher(
         stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches, place.rank, place.world_size,
-        place.device,
+        place.device, prepare=lambda batch: objective.prepare(batch, config.seed),
     ))  # fmt: skip
     stop = closing.enter_context(checkpoint.StopSignals())
     in_a_row = 0
     t_loop, first_step = time.perf_counter(), ledger.step
-    logged_at, since_log, waited = ledger.step, 0.0, 0.0
+    logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
 
     while ledger.step < total_steps:
         t0 = time.perf_counter()
@@ -188,14 +191,15 @@ def train(arguments, closing):
         # The loss of a step is one mean over its supervised tokens, however they are split into micro-batches and ranks
         n_tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in micro_batches)
         n_tokens = parallel.sum_over_ranks(n_tokens, place)
-        nats = 0.0
+        nats, counts = 0.0, {}
         for index, batch in enumerate(micro_batches):
             with parallel.gradient_sync(module, is_last=index + 1 == len(micro_batches)):
                 with place.autocast():
                     sums = module(batch)
                 scaler.scale(sums["loss"] * (place.world_size / n_tokens)).backward()  # DDP takes the mean over ranks
-            nats = nats + sums["nats"]
+            nats, counts = nats + sums["nats"], added(counts, sums.get("counts", {}))
         loss = parallel.sum_over_ranks(nats, place) / n_tokens
+        counts = parallel.sums_over_ranks(counts, place)
 
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -208,6 +212,7 @@ def train(arguments, closing):
         if is_finite:
             for optimizer in optimizers:
                 scaler.step(optimizer)
+            model.after_step(counts)
         scaler.update()
         ledger.step += 1
         for optimizer in optimizers:
@@ -220,7 +225,7 @@ def train(arguments, closing):
         ledger.stream_hash = stream.hash_after(ledger.step - 1, ledger.stream_hash)
         ledger.non_finite_steps += not is_finite
         in_a_row = 0 if is_finite else in_a_row + 1
-        since_log, waited = since_log + seconds, waited + wait
+        since_log, waited, logged_counts = since_log + seconds, waited + wait, added(logged_counts, counts)
 
         # -- log, save, evaluate: in this order, so that a crash in an evaluation loses nothing
         is_last = ledger.step == total_steps
@@ -233,13 +238,13 @@ def train(arguments, closing):
                 "tokens_per_second": speed, "mfu": mfu(flops.training, speed, peak, place.world_size),
                 "data_wait": waited / since_log, "train_seconds": ledger.train_seconds,
                 "epoch": stream.epoch(ledger.step), "non_finite_steps": ledger.non_finite_steps,
-                "peak_memory_bytes": parallel.peak_memory_bytes(place), **stats,
+                "peak_memory_bytes": parallel.peak_memory_bytes(place), **stats, **model.report(logged_counts),
             }  # fmt: skip
             if ledger.step > first_step + 1:
                 ledger.speeds.append(speed)
             eta = (time.perf_counter() - t_loop) / (ledger.step - first_step) * (total_steps - ledger.step)
             log.train(row, eta)
-            logged_at, since_log, waited = ledger.step, 0.0, 0.0
+            logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
         if in_a_row >= config.max_non_finite_steps:
             save()
             raise UserError(

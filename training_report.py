@@ -1,8 +1,6 @@
 """What a run says on one screen before it starts: the architecture as a tree, its cost, the data, the place, memory."""
 
-import torch
-
-from model_flops import CONVENTION, state_bytes, training_memory_bytes
+from model_flops import CONVENTION, active_parameters, linear_flops, state_bytes, training_memory_bytes
 from training_parallel import DTYPES
 
 # ---- numbers for people ----------------------------------------------------------------------------------------------
@@ -49,6 +47,9 @@ def architecture_tree(model, flops):
     rows = [("", f"token embedding  {_shape(model.token_embedding.weight)}", _parameters(model.token_embedding), 0)]
     if model.position_embedding is not None:
         rows.append(("", f"position embedding  {config.position_encoding}", _parameters(model.position_embedding), 0))
+    if model.embedding_norm is not None:
+        norms = _parameters(model.embedding_norm)
+        rows.append(("", f"embedding {config.normalization}", norms, 2 * norms))
     kinds = list(dict.fromkeys(config.blocks()))
     for kind in kinds:
         layers = [layer for layer, other in enumerate(config.blocks()) if other == kind]
@@ -58,18 +59,20 @@ def architecture_tree(model, flops):
             ("│  ", f"{kind[0]}  {block.mixer.describe()}", _parameters(block.mixer), _flops(block.mixer, config))
         )
         if block.ffn is not None:
-            hidden = getattr(block.ffn, "hidden", None)
             label = kind[1] + (f" ({config.activation})" if kind[1] == "standard" else "")
-            label += f"  hidden {hidden}" if hidden else ""
+            label += f"  {block.ffn.describe()}" if hasattr(block.ffn, "describe") else ""
             rows.append(("│  ", label, _parameters(block.ffn), _flops(block.ffn, config)))
         norms = _parameters(block) - _parameters(block.mixer) - (_parameters(block.ffn) if block.ffn is not None else 0)
         rows.append(("│  ", f"{config.normalization}, {config.norm_position}-norm", norms, 2 * norms))
-    if model.final_norm is not None:
-        norms = _parameters(model.final_norm)
-        rows.append(("", f"final {config.normalization}", norms, 2 * norms))
-    head = model.head.weight
-    rows.append(("", "head" + ("  tied to the embedding" if config.weight_tying else f"  {_shape(head)}"),
-                 0 if config.weight_tying else head.numel(), 2 * head.numel()))  # fmt: skip
+    head, bias = model.head.weight, 0 if model.head.bias is None else model.head.bias.numel()
+    fraction = flops.linear["head"] / (2 * head.numel())  # of the tokens
+    for label, part in ((f"final {config.normalization}", model.final_norm), ("head transform", model.head_transform)):
+        if part is not None:
+            rows.append(("", label, _parameters(part), 2 * _parameters(part) * fraction))
+    label = "head" + ("  tied to the embedding" if config.weight_tying else f"  {_shape(head)}")
+    label += f", at {100 * fraction:.3g}% of the tokens" if fraction < 1 else ""
+    own = bias if config.weight_tying else bias + head.numel()
+    rows.append(("", label, own, 2 * (head.numel() + bias) * fraction))
     lines = [f"{'':<52}{'parameters':>14}{'FLOPs/token':>14}"]
     for index, (indent, label, parameters, cost) in enumerate(rows):
         last = index + 1 == len(rows) or (indent and not rows[index + 1][0])
@@ -78,6 +81,8 @@ def architecture_tree(model, flops):
         lines.append(f"{line:<52}{numbers}")
     total = sum(p.numel() for p in model.parameters())
     lines.append(f"{'in all, forward':<52}{total:>14,}{human_count(flops.forward):>14}")
+    if (active := active_parameters(model)) != total:
+        lines.append(f"{'of which a token passes through':<52}{active:>14,}")
     return lines
 
 
@@ -90,9 +95,17 @@ def _parameters(module):
 
 
 def _flops(module, config):
-    linear = sum(2 * m.weight.numel() + (2 * m.bias.numel() if m.bias is not None else 0)
-                 for m in module.modules() if isinstance(m, torch.nn.Linear))  # fmt: skip
+    linear = sum(weights + biases for _, weights, biases in linear_flops(module))
     return linear + (module.mixing_flops(config.block_size) if hasattr(module, "mixing_flops") else 0)
+
+
+def kernels_not_taken(resolved):
+    """['mamba plain: mamba_ssm is not installed (pip install mamba-ssm)', ...], a line for each part with a reason."""
+    lines = []
+    for part, refused in resolved.get("kernels_not_taken", {}).items():
+        reasons = "; ".join(f"{kernel} {reason}" for kernel, reason in refused.items())
+        lines.append(f"{part} {resolved['kernels'][part]}: {reasons}")
+    return lines
 
 
 def startup_report(model, flops, peak, place, settings, dataset, resolved, unused):
@@ -113,7 +126,8 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
         ("model", model.config.architecture_name()),
         ("FLOPs/token", f"{human_count(flops.training)} for training at {flops.context} tokens"),
         ("", CONVENTION),
-        ("state", f"{human_bytes(state_bytes(model, block_size))} to generate at {block_size} tokens"),
+        ("state", f"{human_bytes(state_bytes(model, block_size))} to generate at {block_size} tokens"
+                  if model.config.causal else "none: causal=False does not generate"),
         ("dataset", f"{dataset.name}: {human_count(train_tokens)} training, {human_count(val_tokens)} validation "
                     f"tokens, {dataset.tokenizer_name}, vocabulary {dataset.vocab_size:,}"),
         ("step", f"{tokens_per_step:,} tokens: {config.batch_size} x {block_size}"
@@ -127,6 +141,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
         ("memory", f"about {human_bytes(sum(memory.values()))}: "
                    + ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())),
     ]  # fmt: skip
+    rows += [("kernels", line) for line in kernels_not_taken(resolved)]
     rows += [("note", f"{name}={value!r} is read by no chosen part") for name, value in unused.items()]
     if config.warmup_iters >= steps:
         rows.append(("note", f"warmup_iters={config.warmup_iters} outlasts the run: learning_rate is never reached"))

@@ -57,22 +57,28 @@ def _load_tokens(pointer, row, d, t0, T, D, chunk: tl.constexpr):
 
 
 @triton.jit
-def _decay(dt, a, keep_ptr, at, is_token, has_keep: tl.constexpr):
-    """exp(dt A), or 0 where a document starts. a is A log2(e)."""
-    decay = tl.exp2(dt * a)
-    if has_keep:
-        decay = decay * tl.load(keep_ptr + at, mask=is_token, other=1.0).to(tl.float32)
-    return decay
+def _load_rates(pointer, d, first, D, N, states: tl.constexpr):
+    """A log2(e), so that exp(dt A) is 2^(dt rate): one multiplication less for each state and token."""
+    rows, rates = _load_states(pointer, d, first, D, N, states), ()
+    for n in tl.static_range(states):
+        rates = rates + (rows[n] * LOG2_E,)
+    return rates
 
 
 @triton.jit
+def _cut(keep_ptr, at, is_token):
+    """What is added to the exponent of a token: nothing, or -inf where a document starts, so that no state passes."""
+    return tl.where(tl.load(keep_ptr + at, mask=is_token, other=1.0) == 0, float("-inf"), 0.0)
+
+
+@triton.jit(do_not_specialize=["batch", "T"])
 def _forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, state_ptr, keep_ptr, y_ptr, last_ptr, before_ptr, batch, T, D, N,
-    has_keep: tl.constexpr, states: tl.constexpr, chunk: tl.constexpr, channels: tl.constexpr,
+    states: tl.constexpr, chunk: tl.constexpr, channels: tl.constexpr,
 ):  # fmt: skip
     block, b, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d, first, row = block * channels + tl.arange(0, channels), group * states, b * T
-    A = _load_states(A_ptr, d, first, D, N, states)
+    rates = _load_rates(A_ptr, d, first, D, N, states)
     h = _load_states(state_ptr + b * N * D, d, first, D, N, states)
     y_ptr += group * batch * T * D
     for c in range(tl.cdiv(T, chunk)):
@@ -83,12 +89,12 @@ def _forward(
         y = ()
         for j in tl.static_range(chunk):
             written, total, new = dt[j] * x[j], tl.zeros((channels,), tl.float32), ()
+            cut = _cut(keep_ptr, row + t0 + j, t0 + j < T)
             for n in tl.static_range(states):
                 at, is_state = (row + t0 + j) * N + first + n, (t0 + j < T) & (first + n < N)
                 B_n = tl.load(B_ptr + at, mask=is_state, other=0.0).to(tl.float32)
                 C_n = tl.load(C_ptr + at, mask=is_state, other=0.0).to(tl.float32)
-                decay = _decay(dt[j], A[n] * LOG2_E, keep_ptr, row + t0 + j, t0 + j < T, has_keep)
-                h_n = decay * h[n] + written * B_n
+                h_n = tl.exp2(dt[j] * rates[n] + cut) * h[n] + written * B_n
                 total += C_n * h_n
                 new = new + (h_n,)
             h, y = new, y + (total,)
@@ -97,15 +103,15 @@ def _forward(
     _store_states(last_ptr + b * N * D, h, d, first, D, N, states)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "T"])
 def _backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, keep_ptr, before_ptr, grad_y_ptr, grad_last_ptr,
     grad_x_ptr, grad_dt_ptr, grad_A_ptr, grad_B_ptr, grad_C_ptr, grad_state_ptr, batch, T, D, N,
-    has_keep: tl.constexpr, states: tl.constexpr, chunk: tl.constexpr, channels: tl.constexpr,
+    states: tl.constexpr, chunk: tl.constexpr, channels: tl.constexpr,
 ):  # fmt: skip
     block, b, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d, first, row = block * channels + tl.arange(0, channels), group * states, b * T
-    A = _load_states(A_ptr, d, first, D, N, states)
+    rates = _load_rates(A_ptr, d, first, D, N, states)
     carried = _load_states(grad_last_ptr + b * N * D, d, first, D, N, states)  # exp(dt A) g of the token after
     grad_A = ()
     for _n in tl.static_range(states):
@@ -124,14 +130,15 @@ def _backward(
         h = _load_states(before_ptr + (c * batch + b) * N * D, d, first, D, N, states)  # h[j * states + n] before j
         for j in tl.static_range(chunk):
             written = dt[j] * x[j]
+            cut = _cut(keep_ptr, row + t0 + j, t0 + j < T)
             for n in tl.static_range(states):
                 at, is_state = (row + t0 + j) * N + first + n, (t0 + j < T) & (first + n < N)
                 B_n = tl.load(B_ptr + at, mask=is_state, other=0.0).to(tl.float32)
-                decay = _decay(dt[j], A[n] * LOG2_E, keep_ptr, row + t0 + j, t0 + j < T, has_keep)
-                h = h + (decay * h[j * states + n] + written * B_n,)
+                h = h + (tl.exp2(dt[j] * rates[n] + cut) * h[j * states + n] + written * B_n,)
         for j in tl.static_range(chunk - 1, -1, -1):
             grad_written, grad_dt = tl.zeros((channels,), tl.float32), tl.zeros((channels,), tl.float32)
             new_carried, new_grad_A = (), ()
+            cut = _cut(keep_ptr, row + t0 + j, t0 + j < T)
             for n in tl.static_range(states):
                 at, is_state = (row + t0 + j) * N + first + n, (t0 + j < T) & (first + n < N)
                 B_n = tl.load(B_ptr + at, mask=is_state, other=0.0).to(tl.float32)
@@ -139,16 +146,16 @@ def _backward(
                 g = carried[n] + C_n * grad_y[j]  # dL/dh_t
                 tl.store(grad_C_ptr + at, tl.sum(h[(j + 1) * states + n] * grad_y[j], 0), mask=is_state)
                 tl.store(grad_B_ptr + at, tl.sum(g * dt[j] * x[j], 0), mask=is_state)
-                g_decay = g * _decay(dt[j], A[n] * LOG2_E, keep_ptr, row + t0 + j, t0 + j < T, has_keep)
+                g_decay = g * tl.exp2(dt[j] * rates[n] + cut)
                 grad_exponent = g_decay * h[j * states + n]  # dL/d(dt A)
                 grad_written += g * B_n
-                grad_dt += grad_exponent * A[n]
+                grad_dt += grad_exponent * rates[n]
                 new_carried = new_carried + (g_decay,)
                 new_grad_A = new_grad_A + (grad_A[n] + grad_exponent * dt[j],)
             carried, grad_A = new_carried, new_grad_A
             where, is_inside = (row + t0 + j) * D + d, (d < D) & (t0 + j < T)
             tl.store(grad_x_ptr + where, grad_written * dt[j], mask=is_inside)
-            tl.store(grad_dt_ptr + where, grad_dt + grad_written * x[j], mask=is_inside)
+            tl.store(grad_dt_ptr + where, grad_dt * LN_2 + grad_written * x[j], mask=is_inside)
     _store_states(grad_A_ptr + b * N * D, grad_A, d, first, D, N, states)
     _store_states(grad_state_ptr + b * N * D, carried, d, first, D, N, states)
 
@@ -188,8 +195,8 @@ def _scan_op(x, dt, B, C, A, state, keep):
     y = x.new_empty(groups, batch, T, D, dtype=torch.float32)
     last, before = torch.empty_like(state), state.new_empty(triton.cdiv(T, CHUNK), *state.shape)
     _forward[_grid(D, batch, groups)](
-        x, dt, A, B, C, state, _or_dummy(keep, x), y, last, before, batch, T, D, N,
-        has_keep=keep is not None, states=min(N, STATES), chunk=CHUNK, channels=CHANNELS, num_warps=1,
+        x, dt, A, B, C, state, _or_ones(keep, x), y, last, before, batch, T, D, N,
+        states=min(N, STATES), chunk=CHUNK, channels=CHANNELS, num_warps=1,
     )  # fmt: skip
     return _added_up(y, x.dtype), last, before
 
@@ -198,9 +205,8 @@ def _grid(D, batch, groups):
     return (triton.cdiv(D, CHANNELS), batch, groups)
 
 
-def _or_dummy(keep, other):
-    """`keep`, or a pointer that is never followed."""
-    return other if keep is None else keep.contiguous()
+def _or_ones(keep, x):
+    return x.new_ones(x.shape[:2]) if keep is None else keep.contiguous()
 
 
 def _added_up(parts, dtype):
@@ -227,9 +233,9 @@ def _scan_backward_op(grad_y, grad_last, x, dt, B, C, A, before, keep):
     grad_B, grad_C = (x.new_empty(grid[0], batch, T, N, dtype=torch.float32) for _ in range(2))
     grad_A, grad_state = x.new_empty(batch, N, D, dtype=torch.float32), torch.empty_like(grad_last)
     _backward[grid](
-        x, dt, A, B, C, _or_dummy(keep, x), before, grad_y, grad_last,
+        x, dt, A, B, C, _or_ones(keep, x), before, grad_y, grad_last,
         grad_x, grad_dt, grad_A, grad_B, grad_C, grad_state, batch, T, D, N,
-        has_keep=keep is not None, states=min(N, STATES_BACKWARD), chunk=CHUNK, channels=CHANNELS, num_warps=1,
+        states=min(N, STATES_BACKWARD), chunk=CHUNK, channels=CHANNELS, num_warps=1,
     )  # fmt: skip
     like = ((grad_x, x), (grad_dt, dt), (grad_B, B), (grad_C, C), (grad_A, A))
     return *(_added_up(parts, tensor.dtype) for parts, tensor in like), grad_state

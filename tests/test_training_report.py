@@ -45,6 +45,7 @@ def number(text):
     return 0.0 if text == "-" else float(text.rstrip("kMGTP")) * {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1], 1)
 
 
+@pytest.mark.parametrize("head_fraction", [1.0, 0.125])
 @pytest.mark.parametrize("changes", [
     {},
     {"arch_preset": "llama", "n_kv_head": 2},
@@ -53,13 +54,15 @@ def number(text):
     {"weight_tying": False, "norm_position": "sandwich", "bias": True, "normalization": "layernorm"},
     {"parallel_blocks": True},
     {"residual_scaling": "learned"},
+    {"arch_preset": "bert"},
+    {"head_transform": True, "weight_tying": False},
     {"block_pattern": "attention,attention/none", "n_layer": 5},
     {"block_pattern": "attention/swiglu,attention/standard", "n_layer": 3, "position_encoding": "alibi"},
     {"qk_norm": True, "position_encoding": "rope"},
 ], ids=str)  # fmt: skip
-def test_the_lines_of_the_tree_add_up(tiny, changes):
+def test_the_lines_of_the_tree_add_up(tiny, changes, head_fraction):
     model = ConfigurableGPT(tiny(**changes))
-    flops = flops_per_token(model)
+    flops = flops_per_token(model, head_fraction=head_fraction)
     lines = architecture_tree(model, flops)
     layers, parameters, cost = 1, 0, 0.0
     for line in lines[1:-1]:
@@ -75,7 +78,7 @@ def test_the_lines_of_the_tree_add_up(tiny, changes):
     assert cost == pytest.approx(flops.forward, rel=0.01) and number(forward) == pytest.approx(flops.forward, rel=0.01)
 
 
-def report(tiny, unused=None, tokenizer="byte", model=None, **train):
+def report(tiny, unused=None, tokenizer="byte", model=None, resolved=None, **train):
     settings = Settings(
         tiny(**(model or {})), TrainConfig(**{"max_iters": 10, "warmup_iters": 2, "batch_size": 4, **train}), [], {}
     )
@@ -89,6 +92,7 @@ def report(tiny, unused=None, tokenizer="byte", model=None, **train):
         "compile": "off",
         "device_name": "Abacus",
         "kernels": {"attention": "sdpa"},
+        **(resolved or {}),
     }
     place = Place(torch.device("cpu"), "float32", tf32=False)
     peak = HardwarePeak(1e9, "counted on fingers")
@@ -105,6 +109,14 @@ def test_it_says_what_is_about_to_happen(tiny):
     ):  # fmt: skip
         assert words in text
     assert "note" not in text
+
+
+def test_it_says_why_a_kernel_is_not_used(tiny):
+    reasons = {"mamba": {"mamba_ssm": "is not installed (pip install mamba-ssm)", "triton": "needs CUDA"}}
+    text = report(tiny, resolved={"kernels": {"mamba": "plain", "linear": "onednn"}, "kernels_not_taken": reasons})
+    assert "compile off, mamba plain, linear onednn" in text
+    line = "kernels      mamba plain: mamba_ssm is not installed (pip install mamba-ssm); triton needs CUDA"
+    assert line in text.splitlines()
 
 
 def test_it_mentions_what_has_no_effect(tiny):
