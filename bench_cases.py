@@ -72,7 +72,8 @@ class Candidate:
         if peer is None:
             self.name, self.generate = "nanoArch", lambda idx, n: ours.generate(idx, n, temperature=0)
             ours.to(place.device)
-            self.kernels = kernels.choose(ours, place.device, self.train.kernel_backend)
+            dtype = parallel.DTYPES[place.dtype]
+            self.kernels = kernels.choose(ours, place.device, self.train.kernel_backend, dtype)
             self.module, self.clip = OBJECTIVE_REGISTRY[self.train.objective](ours, self.train), clip_gradients
             make = OPTIMIZER_REGISTRY[self.train.optimizer]
             self.optimizers = make(plan, dict(ours.named_parameters()), self.train, place.device)
