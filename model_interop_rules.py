@@ -1,0 +1,343 @@
+"""What a table of `model_interop_classes.py` is made of: rules for settings, rows for weights, and their frame HFClass.
+
+    Same("hidden_size", "n_embd")                           a setting under another name
+    Row(("q_proj", "k_proj", "v_proj"), "mixer.qkv", JOINED)   three matrices of theirs that are one here
+
+`resolved` makes two configs comparable, which decides whether a class can hold a model: its settings are written to the
+class's configuration and read back, and what comes back different is what the class has no place for.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from model_builder import ConfigurableGPT, chosen_parts, on_meta
+from model_config import FIELDS
+from registry import Registry
+from user_errors import UserError
+
+HF_CLASS_REGISTRY = Registry("hf_class")
+
+# Keys of every configuration that change no logit: names, tokens, what a call returns.
+COMMON_KEYS = (
+    "_name_or_path", "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
+    "return_dict", "transformers_version", "use_cache",
+)  # fmt: skip
+
+# Settings that change no logit of a given set of weights: how it is computed, trained, or was first filled.
+SAME_FUNCTION = (
+    "arch_preset", "model_size", "dropout", "attention_backend", "init_std", "recurrence", "chunk_size", "dt_min",
+    "dt_max", "dt_init_floor", "dt_init", "dt_scale", "a_init_min", "a_init_max",
+)  # fmt: skip
+
+
+def refuse(key, value, remedy):
+    """Stop at a feature of theirs that has no place here."""
+    raise UserError(f"{key}={value!r} of the Hugging Face config is not supported: {remedy}")
+
+
+# ---- settings: one rule per key of theirs ----------------------------------------------------------------------------
+#
+# `read(values)` gives our settings for their values; `write(own)` their values for `resolved` settings of ours.
+
+
+@dataclass(frozen=True)
+class Same:
+    """A setting under another name; several keys of theirs must agree, because it is one setting here."""
+
+    theirs: tuple | str
+    ours: str
+
+    @property
+    def keys(self):
+        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+    def read(self, values):
+        first = values[self.keys[0]]
+        for key in self.keys[1:]:
+            if values[key] != first:
+                refuse(key, values[key], f"{self.keys[0]}={first!r} differs, and both are {self.ours} here")
+        return {self.ours: first}
+
+    def write(self, own):
+        return dict.fromkeys(self.keys, own[self.ours])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A name that is spelt differently: `spelling` maps theirs to ours; on the way out the first that fits is taken."""
+
+    theirs: str
+    ours: str
+    spelling: dict
+
+    @property
+    def keys(self):
+        return (self.theirs,)
+
+    def read(self, values):
+        if values[self.theirs] not in self.spelling:
+            refuse(self.theirs, values[self.theirs], f"use one of {', '.join(map(str, self.spelling))}")
+        return {self.ours: self.spelling[values[self.theirs]]}
+
+    def write(self, own):
+        spelt = [theirs for theirs, ours in self.spelling.items() if ours == own[self.ours]]
+        return {self.theirs: (spelt or list(self.spelling))[0]}  # what does not fit differs when it is read back
+
+
+@dataclass(frozen=True)
+class Must:
+    """A feature that nanoArch has in one way only."""
+
+    theirs: str
+    value: object
+
+    @property
+    def keys(self):
+        return (self.theirs,)
+
+    def read(self, values):
+        theirs = tuple(values[self.theirs]) if isinstance(values[self.theirs], list) else values[self.theirs]
+        if theirs != self.value:
+            refuse(self.theirs, values[self.theirs], f"it must be {self.value!r}")
+        return {}
+
+    def write(self, own):
+        return {self.theirs: self.value}
+
+
+@dataclass(frozen=True)
+class Both:
+    """Keys that need a function each way."""
+
+    keys: tuple
+    read: object
+    write: object
+
+
+ROPE_KEYS = {  # by rope_type: the keys that each has, with what they must be where nanoArch has no setting
+    "default": {},
+    "linear": {"factor": None},
+    "llama3": {
+        "factor": None,
+        "original_max_position_embeddings": None,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
+ROPE_SETTINGS = {"factor": "rope_scaling_factor", "original_max_position_embeddings": "rope_original_context"}
+
+
+def read_rope(values):
+    rope = dict(values["rope_parameters"])
+    kind = rope.pop("rope_type", "default")
+    if kind not in ROPE_KEYS:
+        refuse("rope_type", kind, f"use one of {', '.join(ROPE_KEYS)}")
+    settings = {"rope_theta": float(rope.pop("rope_theta")), "rope_scaling": "none" if kind == "default" else kind}
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        part = values["rope_parameters"]["partial_rotary_factor"]
+        refuse("partial_rotary_factor", part, "position_encoding='rope' turns whole heads")
+    for key, value in rope.items():
+        if value is None:
+            continue
+        if key not in ROPE_KEYS[kind] or ROPE_KEYS[kind][key] not in (None, value):
+            refuse(f"rope_parameters[{key!r}]", value, f"rope_type={kind!r} has {ROPE_KEYS[kind] or 'no such key'} here")
+        if key in ROPE_SETTINGS:
+            settings[ROPE_SETTINGS[key]] = value if key.startswith("original") else float(value)
+    return settings
+
+
+def write_rope(own):
+    kind = own.get("rope_scaling", "none")
+    kind = kind if kind in ROPE_KEYS else "default"
+    extra = {key: own[ROPE_SETTINGS[key]] if must is None else must for key, must in ROPE_KEYS[kind].items()}
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": own.get("rope_theta"), **extra}}
+
+
+def rope():
+    return Both(("rope_parameters",), read_rope, write_rope)
+
+
+def window():
+    return Both(
+        ("sliding_window",),
+        lambda values: {"sliding_window": values["sliding_window"] or 0},
+        lambda own: {"sliding_window": own.get("sliding_window") or None},
+    )
+
+
+def read_layered_window(values):
+    kinds = set(values["layer_types"])
+    if len(kinds) > 1:
+        refuse("layer_types", values["layer_types"], "sliding_window is one setting for all layers")
+    is_sliding = values["use_sliding_window"] and kinds == {"sliding_attention"}
+    return {"sliding_window": values["sliding_window"] if is_sliding else 0}
+
+
+def write_layered_window(own):
+    size = own.get("sliding_window") or None
+    kind = "full_attention" if size is None else "sliding_attention"
+    return {
+        "use_sliding_window": size is not None, "sliding_window": size, "max_window_layers": 0 if size else own["n_layer"],
+        "layer_types": [kind] * own["n_layer"],
+    }  # fmt: skip
+
+
+def layered_window():
+    keys = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    return Both(keys, read_layered_window, write_layered_window)
+
+
+def product(key, *factors):
+    """A key of theirs that must be the product of others, and is computed from those when it is left out."""
+
+    def read(values):
+        wanted = math.prod(values[factor] for factor in factors)
+        if values.get(key, wanted) != wanted:
+            refuse(key, values[key], f"{' x '.join(factors)} is {wanted}")
+        return {}
+
+    return Both((key,), read, lambda own: {})
+
+
+# ---- weights: one row per parameter or module -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How tensors of theirs become one of ours and back; `like` is the tensor, or the list, to be filled."""
+
+    to_ours: object  # (theirs: list, like) -> tensor
+    to_theirs: object  # (ours, like: list) -> list
+
+
+SAME = Transform(lambda theirs, like: theirs[0], lambda ours, like: [ours])
+TRANSPOSED = Transform(lambda theirs, like: theirs[0].t(), lambda ours, like: [ours.t()])  # a bias stays as it is
+JOINED = Transform(
+    lambda theirs, like: torch.cat(theirs), lambda ours, like: ours.split([tensor.size(0) for tensor in like])
+)
+CROPPED = Transform(lambda theirs, like: theirs[0][: like.size(0)], lambda ours, like: [ours])  # a shorter context
+
+
+@dataclass(frozen=True)
+class Row:
+    """`theirs` (several are joined) is `ours`: parameters, or modules whose weight and bias are meant."""
+
+    theirs: tuple
+    ours: str
+    transform: Transform = SAME
+
+    def inside(self, their_module, our_module):
+        theirs = tuple(f"{their_module}.{name}" for name in self.theirs)
+        return Row(theirs, f"{our_module}.{self.ours}", self.transform)
+
+    def leaf(self, leaf):
+        return Row(tuple(name + leaf for name in self.theirs), self.ours + leaf, self.transform)
+
+
+def rows(*table):
+    """Rows from (theirs, ours[, transform]) tuples."""
+    return [Row((theirs,) if isinstance(theirs, str) else theirs, *rest) for theirs, *rest in table]
+
+
+# ---- a class ----------------------------------------------------------------------------------------------------------
+
+
+class HFClass:
+    """What every entry has. All of it is data; a subclass is registered under the name of a transformers class."""
+
+    config = None  # name of the configuration class in transformers
+    always = {}  # settings of ours that this class stands for, whatever its configuration says
+    rules = ()
+    ignored = ()  # keys of theirs that change no logit
+    unread = ()  # settings of ours that its parts never read
+    stands_for = {}  # {setting: {value of ours: value it is held as, with biases of zero}}
+    weights = ()  # rows of the model
+    layers = None  # where its blocks are: 'model.layers'
+    block_weights = {}  # {'block' or the name of a mixer or FFN: rows}
+
+    @classmethod
+    def settings(cls, values, known=None):
+        """Keyword arguments of ModelArchitectureConfig for the values of a Hugging Face configuration.
+
+        Args:
+            values: what its `to_dict` gives.
+            known: the defaults of the installed configuration class; a key that it has and this entry does not must be
+                at its default.
+
+        Raises:
+            UserError: a feature that nanoArch does not have, naming it and its value.
+        """
+        settings = dict(cls.always)
+        for rule in cls.rules:
+            settings.update(rule.read(values))
+        for key in sorted(set(known or ()) - cls.keys()):
+            if values.get(key) != known[key]:
+                refuse(key, values.get(key), "nanoArch does not know this setting")
+        return settings
+
+    @classmethod
+    def values(cls, own):
+        """Keyword arguments of the Hugging Face configuration for `resolved` settings."""
+        values = {}
+        for rule in cls.rules:
+            values.update(rule.write({**own, **cls.held(own)}))
+        return values
+
+    @classmethod
+    def held(cls, own):
+        """{setting: value} that differ from ours but compute the same with biases of zero."""
+        spelling = {name: table.get(own.get(name)) for name, table in cls.stands_for.items()}
+        return {name: value for name, value in spelling.items() if value is not None}
+
+    @classmethod
+    def keys(cls):
+        """Every key of theirs that this entry knows."""
+        return {key for rule in cls.rules for key in rule.keys} | {*cls.ignored, *COMMON_KEYS}
+
+    @classmethod
+    def rows(cls, config):
+        """Every Row of a model of this ModelArchitectureConfig."""
+        yield from cls.weights
+        for i, (mixer, ffn) in enumerate(config.blocks()):
+            for part in ("block", mixer, ffn):
+                for row in cls.block_weights.get(part, ()):
+                    yield row.inside(f"{cls.layers}.{i}", f"blocks.{i}")
+
+
+# ---- our settings, comparable ------------------------------------------------------------------------------------------
+
+IN_PARTS = {  # {setting that may be None or a ratio: (slot, attribute) that says what it came to}
+    "n_kv_head": ("mixer", "n_kv_head"), "head_dim": ("mixer", "head_dim"), "dt_rank": ("mixer", "dt_rank"),
+    "headdim": ("mixer", "headdim"), "ffn_hidden": ("ffn", "hidden"),
+}  # fmt: skip
+BESIDE_PARTS = ("part_options", "block_pattern", "ffn_type", "ffn_multiplier", "ffn_multiple_of")  # said otherwise
+
+
+def resolved(config):
+    """{setting: value} that decide the function of a config, with None and ratios replaced by what they come to.
+
+    `blocks` stands for block_pattern and ffn_type; options that no chosen part reads are left out.
+    """
+    with on_meta():
+        model = ConfigurableGPT(config)
+    own = {name: getattr(config, name) for name in FIELDS}
+    for part in chosen_parts(config):
+        own.update(vars(config.options_for(part)))
+    for name, (slot, attribute) in IN_PARTS.items():
+        found = {getattr(getattr(block, slot), attribute, None) for block in model.blocks} - {None}
+        if found:
+            own[name] = found.pop()
+    own["vocab_size"], own["blocks"] = model.head.out_features, tuple(config.blocks())
+    return {name: value for name, value in own.items() if name not in BESIDE_PARTS}
+
+
+def differences(own, other, aside=()):
+    """[(setting, value, other value)] of two `resolved` dicts, but for settings that change no logit and `aside`.
+
+    An option that only one of them reads is left out: they differ in the part that reads it.
+    """
+    names = [name for name in own if name in other and name not in (*SAME_FUNCTION, *aside)]
+    return [(name, own[name], other[name]) for name in names if own[name] != other[name]]
