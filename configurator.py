@@ -19,7 +19,7 @@ import types
 import typing
 from pathlib import Path
 
-from model_config import ModelArchitectureConfig, expand_preset
+from model_config import ModelArchitectureConfig, brought_only_by, expand_preset
 from registry import ALL_REGISTRIES, CONFIG_FILE_MODULE, options_from_json, options_of, registered_options
 from training_config import TrainConfig
 from user_errors import UserError, did_you_mean
@@ -112,6 +112,9 @@ def _read_values(arguments, base):
             name, text = item
             assigned = {name: parse_value(name, text)}
         assigned = expand_preset(assigned)
+        for name in brought_only_by(values.get("arch_preset"), assigned):
+            values.pop(name, None)
+            given.pop(name, None)
         values.update(assigned)
         given.update(assigned)
     return values, given, sources

@@ -29,7 +29,12 @@ class Mixer(nn.Module):
     own_init = ()
     residual_out = ()
     bidirectional = False  # can run with causal=False
+    needed_options = ()  # options that are a mistake when no layer reads them, not merely idle
     positions = ("none", "learned_absolute")  # position encodings that it can honour
+
+    def describe(self):
+        """A few words about its shape for the report at start."""
+        return ""
 
     def check_device(self, device):
         """Raise UserError where this mixer, as it was configured, cannot train on a torch.device."""
@@ -170,19 +175,22 @@ class Attention(Mixer):
 
     residual_out = ("out.weight",)
     bidirectional = True
+    needed_options = ("sliding_window",)
     positions = POSITION_ENCODING_REGISTRY  # every one, those that a user registers later too
 
     class Options:
-        n_kv_head: int | None = None  # key-value heads: None is n_head (MHA), 1 is MQA, between is GQA
+        n_kv_head: int | None = None  # key-value heads: n_head is MHA, 1 is MQA, between is GQA
+        queries_per_kv_head: int = 1  # where n_kv_head is None: at least so many query heads share a key-value head
         head_dim: int | None = None  # width of a head; None is n_embd / n_head
         sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0 sees all
-        qk_norm: bool = False  # normalise queries and keys per head (Dehghani et al. 2023; Qwen 3)
+        qk_norm: bool = False  # normalise queries and keys (Dehghani et al. 2023)
+        qk_norm_scope: str = "head"  # over each head (Qwen 3), or over the whole projection (OLMo 2)
         attention_soft_cap: float = 0.0  # cap * tanh(scores / cap), as in Gemma 2; 0 is off
 
     def __init__(self, config, layer_index):
         super().__init__()
         o = config.options_for(type(self))
-        self.n_head, self.n_kv_head = config.n_head, config.n_head if o.n_kv_head is None else o.n_kv_head
+        self.n_head, self.n_kv_head = config.n_head, _kv_heads(config.n_head, o)
         _check(config, o, self.n_kv_head)
         self.head_dim = o.head_dim or config.n_embd // config.n_head
         self.window, self.soft_cap = o.sliding_window, o.attention_soft_cap
@@ -191,21 +199,32 @@ class Attention(Mixer):
         self.split_sizes = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
         self.qkv = nn.Linear(config.n_embd, sum(self.split_sizes), bias=config.bias)  # one product for all three
         self.out = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
-        norm = NORM_REGISTRY[config.normalization] if o.qk_norm else None
-        self.query_norm, self.key_norm = (
-            (norm(self.head_dim, config), norm(self.head_dim, config)) if norm else (None, None)
-        )
+        self.query_norm = self.key_norm = None
+        self.norms_heads = o.qk_norm_scope == "head"
+        if o.qk_norm:
+            query_width, key_width = (self.head_dim,) * 2 if self.norms_heads else self.split_sizes[:2]
+            norm = NORM_REGISTRY[config.normalization]
+            self.query_norm, self.key_norm = norm(query_width, config), norm(key_width, config)
         encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
         self.position_encoding = encoding(config, self.head_dim) if encoding.acts_in_attention else None
+        self.position_name = config.position_encoding
+
+    def describe(self):
+        heads = f"{self.n_head} heads x {self.head_dim}"
+        heads += f", {self.n_kv_head} kv" if self.n_kv_head != self.n_head else ""
+        window = f", window {self.window}" if self.window else ""
+        return heads + window + (f", {self.position_name}" if self.position_encoding is not None else "")
 
     def project(self, x, positions):
         """x (B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D), normalised and turned to their positions."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.split_sizes, dim=-1)
+        if self.query_norm is not None and not self.norms_heads:
+            q, k = self.query_norm(q), self.key_norm(k)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.norms_heads:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.position_encoding is not None:
             q, k = self.position_encoding.rotate(q, positions), self.position_encoding.rotate(k, positions)
@@ -291,11 +310,39 @@ class Attention(Mixer):
         return 2 * self.n_kv_head * self.head_dim * tokens * dtype.itemsize
 
 
+@MIXER_REGISTRY("local_attention")
+class LocalAttention(Attention):
+    """Attention to the last `hybrid_local_window` tokens: the partner of a recurrent mixer in a hybrid.
+
+    The recurrence carries what is far away, and a window keeps the state constant (Samba, Ren et al. 2024).
+    """
+
+    needed_options = ("hybrid_local_window",)
+
+    class Options(Attention.Options):
+        hybrid_local_window: int = 256  # tokens that local_attention sees, its own among them
+
+    def __init__(self, config, layer_index):
+        super().__init__(config, layer_index)
+        self.window = config.options_for(type(self)).hybrid_local_window
+        if self.window < 1:
+            raise UserError(f"hybrid_local_window={self.window} must be at least 1")
+
+
 def _grown(old, room, held):
     """A copy of `old` (B, H, T, D) with space for `room` positions, the first `held` filled."""
     new = old.new_empty(old.size(0), old.size(1), room, old.size(3))
     new[:, :, :held] = old[:, :, :held]
     return new
+
+
+def _kv_heads(n_head, o):
+    """Key-value heads: as asked, or the most that divide the heads with `queries_per_kv_head` or more for each."""
+    if o.n_kv_head is not None:
+        return o.n_kv_head
+    if o.queries_per_kv_head < 1:
+        raise UserError(f"queries_per_kv_head={o.queries_per_kv_head} must be at least 1")
+    return next(heads for heads in range(max(1, n_head // o.queries_per_kv_head), 0, -1) if n_head % heads == 0)
 
 
 def _check(config, o, n_kv_head):
@@ -308,6 +355,8 @@ def _check(config, o, n_kv_head):
             raise UserError(f"{name}={value} must be at least 1, or None")
     if n_kv_head < 1 or config.n_head % n_kv_head:
         raise UserError(f"n_head={config.n_head} must be a multiple of n_kv_head={n_kv_head}")
+    if o.qk_norm_scope not in ("head", "projection"):
+        raise UserError(f"qk_norm_scope={o.qk_norm_scope!r} must be head or projection")
     if o.sliding_window < 0:
         raise UserError(f"sliding_window={o.sliding_window} must be 1 or more, or 0 for none")
     backend = ATTENTION_BACKEND_REGISTRY[config.attention_backend]

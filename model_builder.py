@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mixer_attention import MIXER_REGISTRY
+from mixer_attention import MIXER_REGISTRY, Mixer
 from model_components import FFN_REGISTRY, NORM_REGISTRY, POSITION_ENCODING_REGISTRY, Norm
 from model_config import GPT2_VOCAB_SIZE
 from registry import options_of
@@ -37,7 +37,8 @@ IGNORE_INDEX = -100  # a target that is not supervised
 class Block(nn.Module):
     """Two slots, a mixer and an FFN, each a branch added to the residual stream.
 
-    norm_position places the norms: 'pre' x + f(norm(x)), 'post' norm(x + f(x)), 'sandwich' x + norm(f(norm(x))).
+    norm_position places the norms: 'pre' x + f(norm(x)), 'post' norm(x + f(x)), 'output' x + norm(f(x)) (OLMo 2),
+    'sandwich' x + norm(f(norm(x))).
     """
 
     def __init__(self, config, layer_index):
@@ -45,7 +46,7 @@ class Block(nn.Module):
         mixer, ffn = config.blocks()[layer_index]
         norm = NORM_REGISTRY[config.normalization]
         width, self.norm_position, self.parallel = config.n_embd, config.norm_position, config.parallel_blocks
-        self.mixer = MIXER_REGISTRY[mixer](config, layer_index)
+        self.mixer = build_mixer(mixer, config, layer_index)
         self.ffn = FFN_REGISTRY[ffn](config, layer_index) if ffn != "none" else None
         self.mixer_norm = norm(width, config)
         self.ffn_norm = norm(width, config) if self.ffn is not None and not self.parallel else None
@@ -86,11 +87,56 @@ class Block(nn.Module):
     def _residual(self, x, f, norm, out_norm, scale):
         if self.norm_position == "post":
             return norm(x + self._branch(f(x), out_norm, scale))
+        if self.norm_position == "output":
+            return x + self._branch(f(x), norm, scale)
         return x + self._branch(f(norm(x)), out_norm, scale)
 
     def _branch(self, y, out_norm, scale):
         y = F.dropout(y, self.dropout, self.training) if self.dropout else y
         return scale(y if out_norm is None else out_norm(y))
+
+
+class ParallelMixers(Mixer):
+    """Several mixers that read the same input and are added together: heads of two kinds in one layer.
+
+    The sum is Falcon-H1's (Zuo et al. 2025, section 2.1) at multipliers of 1; Hymba (Dong et al. 2024) averages.
+    """
+
+    def __init__(self, mixers):
+        super().__init__()
+        self.mixers = nn.ModuleList(mixers)
+
+    def forward(self, x, positions=None, document_ids=None):
+        return sum(mixer(x, positions, document_ids) for mixer in self.mixers)
+
+    def describe(self):
+        return " | ".join(filter(None, (mixer.describe() for mixer in self.mixers)))
+
+    def check_device(self, device):
+        for mixer in self.mixers:
+            mixer.check_device(device)
+
+    def init_state(self, batch, device=None, dtype=None):
+        return [mixer.init_state(batch, device, dtype) for mixer in self.mixers]
+
+    def step(self, x, state):
+        stepped = [mixer.step(x, before) for mixer, before in zip(self.mixers, state, strict=True)]
+        return sum(y for y, _ in stepped), [after for _, after in stepped]
+
+    def mixing_flops(self, T):
+        return sum(mixer.mixing_flops(T) for mixer in self.mixers)
+
+    def elementwise_flops(self, T):
+        return sum(mixer.elementwise_flops(T) for mixer in self.mixers)
+
+    def state_bytes(self, T, dtype=torch.float32):
+        return sum(mixer.state_bytes(T, dtype) for mixer in self.mixers)
+
+
+def build_mixer(names, config, layer_index):
+    """The mixer of one block: 'attention', or several side by side, 'mamba2+attention'."""
+    mixers = [MIXER_REGISTRY[name](config, layer_index) for name in names.split("+")]
+    return mixers[0] if len(mixers) == 1 else ParallelMixers(mixers)
 
 
 class ResidualScale(nn.Module):
@@ -265,7 +311,7 @@ def check_parts(config):
     """Refuse parts that cannot honour each other, naming both settings; registry misses name the nearest."""
     NORM_REGISTRY[config.normalization]
     encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
-    mixers = {name: MIXER_REGISTRY[name] for name, _ in config.blocks()}
+    mixers = {name: MIXER_REGISTRY[name] for name in config.mixers()}
     for ffn in {ffn for _, ffn in config.blocks()} - {"none"}:
         FFN_REGISTRY[ffn]
     for name, mixer in mixers.items():
@@ -277,12 +323,19 @@ def check_parts(config):
             f"block_pattern='{config.block_pattern}' has none; use 'none' or 'learned_absolute'"
         )
 
+    for name, value in unused_options(config).items():
+        readers = [mixer for mixer, part in MIXER_REGISTRY.items() if name in part.needed_options]
+        if readers and value:
+            raise UserError(
+                f"{name}={value} is read by '{readers[0]}' and block_pattern='{config.block_pattern}' has none; "
+                f"drop it, or put '{readers[0]}' into the pattern"
+            )
+
 
 def chosen_parts(config):
     """The classes whose options a model of this config reads: position encoding, mixers, FFNs."""
-    mixers = dict.fromkeys(mixer for mixer, _ in config.blocks())
     ffns = dict.fromkeys(ffn for _, ffn in config.blocks() if ffn != "none")
-    parts = [MIXER_REGISTRY[mixer] for mixer in mixers] + [FFN_REGISTRY[ffn] for ffn in ffns]
+    parts = [MIXER_REGISTRY[mixer] for mixer in config.mixers()] + [FFN_REGISTRY[ffn] for ffn in ffns]
     return [POSITION_ENCODING_REGISTRY[config.position_encoding], *parts]
 
 

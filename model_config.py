@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from registry import ALL_REGISTRIES, options_from_json, options_of, registered_options
 from user_errors import UserError, did_you_mean
 
-# A preset fixes the nine options and the mixer, so that a later preset replaces an earlier one entirely.
+# A preset fixes the nine options and the mixer, and may bring other settings and options of parts along. A later preset
+# replaces an earlier one entirely: what only the earlier one brought goes back to its default.
 _GPT2 = dict(
     block_pattern="attention",
     normalization="layernorm", activation="gelu", position_encoding="learned_absolute", attention_backend="sdpa",
@@ -34,9 +35,28 @@ PRESETS = {
     "llama": _LLAMA,  # Touvron et al. 2023
     "team": _LLAMA,  # another name of the same
     "hybrid": {**_GPT2, "position_encoding": "rope"},  # RoPE + LayerNorm + GELU + pre-norm
+    "gqa": {**_LLAMA, "queries_per_kv_head": 2},  # Ainslie et al. 2023
+    "mistral": {**_LLAMA, "queries_per_kv_head": 4, "sliding_window": 4096},  # Jiang et al. 2023
+    "qwen3": {
+        **_LLAMA,
+        "queries_per_kv_head": 2,
+        "qk_norm": True,
+        "rope_theta": 1e6,
+        "norm_eps": 1e-6,
+        "weight_tying": True,
+    },  # Yang et al. 2025, the sizes below 8B
+    "olmo2": {
+        **_LLAMA,
+        "norm_position": "output",
+        "qk_norm": True,
+        "qk_norm_scope": "projection",
+        "rope_theta": 5e5,
+        "norm_eps": 1e-6,
+    },  # OLMo team 2024
+    "residual_scaling": {**_LLAMA, "residual_scaling": "depth"},  # Yang et al. 2023: branches shrink with depth
     # -- linear attention and its kin
     "linear_attention": {**_GPT2, "block_pattern": "linear_attention"},  # Katharopoulos et al. 2020, in a GPT-2
-    "retention": {**_LLAMA, "block_pattern": "retention"},  # Sun et al. 2023: RoPE and a decay make xPos
+    "retention": {**_LLAMA, "block_pattern": "retention", "ffn_multiplier": 4 / 3},  # Sun et al. 2023: xPos
     "gla": {**_LLAMA, "block_pattern": "gla", "position_encoding": "none"},  # Yang et al. 2023
     "delta_net": {**_LLAMA, "block_pattern": "delta_net", "position_encoding": "none"},  # Yang et al. 2024
     "gated_delta_net": {**_LLAMA, "block_pattern": "gated_delta_net", "position_encoding": "none"},  # Yang et al. 2025
@@ -48,9 +68,17 @@ PRESETS = {
         "bias": False,
         "weight_tying": False,
     },  # Peng et al. 2025
-    # -- state space models and recurrent networks: the order of tokens is in the recurrence, so there is no encoding
+    # -- state space models: the order of tokens is in the recurrence, so there is no encoding
     "mamba": _MAMBA,  # Gu & Dao 2023
     "mamba2": {**_MAMBA, "block_pattern": "mamba2/none"},  # Dao & Gu 2024
+    # -- mixtures of Mamba and attention
+    "mamba_hybrid": {**_LLAMA, "block_pattern": "mamba,local_attention", "weight_tying": True},  # Ren et al. 2024
+    "mamba_hybrid_parallel": {
+        **_LLAMA,
+        "block_pattern": "mamba2+local_attention",
+        "weight_tying": True,
+    },  # Dong et al. 2024, Zuo et al. 2025: both in one block
+    # -- recurrent networks
     "lstm": {**_MAMBA, "block_pattern": "lstm/none"},  # Hochreiter & Schmidhuber 1997, stacked with residuals
     "gru": {**_MAMBA, "block_pattern": "gru/none"},  # Cho et al. 2014
     "rnn": {**_MAMBA, "block_pattern": "rnn/none"},  # Elman 1990
@@ -87,14 +115,14 @@ class ModelArchitectureConfig:
     activation: str = "gelu"  # gelu, gelu_tanh, silu, relu, leaky_relu, relu2; used by ffn_type=standard
     position_encoding: str = "learned_absolute"  # learned_absolute, rope, alibi, none
     attention_backend: str = "sdpa"  # sdpa, flex, or manual: the equation written out
-    norm_position: str = "pre"  # pre, post, or sandwich: before and after each branch
+    norm_position: str = "pre"  # of each branch: pre, post (after the sum), output (before it), sandwich (pre + output)
     ffn_type: str = "standard"  # standard, swiglu, geglu
     bias: bool = False  # biases in the linear layers
     weight_tying: bool = True  # the output head shares the token embedding
     dropout: float = 0.0  # on the embedding, attention weights and both branches
 
     # -- blocks
-    block_pattern: str = "attention"  # mixers tiled over the depth; 'a/swiglu' picks an FFN, 'a/none' has none
+    block_pattern: str = "attention"  # mixers tiled over the depth: 'a,b/none', FFN after the slash; 'a+b' adds two
     parallel_blocks: bool = False  # mixer and FFN read the same norm and are added together (PaLM)
     residual_scaling: str = "none"  # none, depth: branches / sqrt(2 n_layer), learned: a gain per channel (LayerScale)
     causal: bool = True  # a token sees only the tokens before it
@@ -118,8 +146,11 @@ class ModelArchitectureConfig:
     def replace(self, **changes):
         """A copy with `changes`; a new preset or size brings its values along."""
         changes = expand_preset(changes)
-        options = {**self.part_options, **changes.pop("part_options", {})}
-        return dataclasses.replace(self, part_options=options, **changes)
+        brought = brought_only_by(self.arch_preset, changes)
+        options = {name: value for name, value in self.part_options.items() if name not in brought}
+        defaults = {name: FIELDS[name].default for name in brought if name in FIELDS}
+        options.update(changes.pop("part_options", {}))
+        return dataclasses.replace(self, part_options=options, **{**defaults, **changes})
 
     def options_for(self, part):
         """Namespace of `part`'s own options: its defaults, under what the user set."""
@@ -127,25 +158,28 @@ class ModelArchitectureConfig:
         return SimpleNamespace(**{name: self.part_options.get(name, o.default) for name, o in options.items()})
 
     def pattern(self):
-        """[(mixer name, FFN name or 'none')] of block_pattern, once."""
+        """[(mixer name, FFN name or 'none')] of block_pattern, once; mixers side by side are 'a+b'."""
         entries = [entry.strip().partition("/") for entry in self.block_pattern.split(",")]
-        return [(mixer, ffn or self.ffn_type) for mixer, _, ffn in entries]
+        return [(mixer.replace(" ", ""), ffn or self.ffn_type) for mixer, _, ffn in entries]
 
     def blocks(self):
         """[(mixer name, FFN name or 'none')] for each layer: block_pattern tiled over n_layer."""
         pattern = self.pattern()
         return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
 
+    def mixers(self):
+        """The names of all mixers in the model, each once, those that stand side by side singly."""
+        return list(dict.fromkeys(name for mixers, _ in self.blocks() for name in mixers.split("+")))
+
     def architecture_name(self):
         """Such as '12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm'."""
-        mixers = list(dict.fromkeys(mixer for mixer, _ in self.blocks()))
         ffns = list(dict.fromkeys(ffn for _, ffn in self.blocks()))
         words = [f"{self.n_layer}L"]
-        if "attention" in mixers:
+        if any("attention" in mixer for mixer in self.mixers()):
             words.append(f"{self.n_head}H")
         words.append(f"{self.n_embd}D")
-        if mixers != ["attention"]:
-            words.append("+".join(_LABELS.get(mixer, mixer) for mixer in mixers))
+        if self.mixers() != ["attention"]:
+            words.append("+".join(_LABELS.get(mixer, mixer) for mixer in self.mixers()))
         words += [_LABELS.get(self.position_encoding, self.position_encoding)]
         words += [_LABELS.get(self.normalization, self.normalization)]
         activations = [self.activation if ffn == "standard" else ffn for ffn in ffns]
@@ -200,7 +234,8 @@ _LABELS = {
     "relu": "ReLU", "leaky_relu": "LeakyReLU", "relu2": "ReLU2",
     "swiglu": "SwiGLU", "geglu": "GEGLU",
     "mamba": "Mamba", "mamba2": "Mamba2", "lstm": "LSTM", "gru": "GRU", "rnn": "RNN",
-    "pre": "PreNorm", "post": "PostNorm", "sandwich": "SandwichNorm",
+    "attention": "Attn", "local_attention": "Local",
+    "pre": "PreNorm", "post": "PostNorm", "output": "OutputNorm", "sandwich": "SandwichNorm",
 }  # fmt: skip
 
 
@@ -220,19 +255,28 @@ def expand_preset(values):
     return {**PRESETS.get(preset, {}), **SIZES.get(size, {}), **values}
 
 
+def brought_only_by(preset, assigned):
+    """Names that `preset` set and that go back to their default when `assigned` chooses another preset."""
+    if assigned.get("arch_preset", "custom") in ("custom", preset):
+        return set()
+    return {*PRESETS.get(preset, ())} - {*assigned}
+
+
 FIELDS = {field_.name: field_ for field_ in dataclasses.fields(ModelArchitectureConfig)}
 _dataclass_init = ModelArchitectureConfig.__init__
 
 
 def _init(self, **values):
     """Presets and sizes mean what they say however a config is made, and part options are given by name."""
-    values = expand_preset(values)
+    given, values = values, expand_preset(values)
     options = dict(values.pop("part_options", {}))
     for name in [name for name in values if name not in FIELDS]:
         known = {name for name, declared in registered_options().items() if declared[0].of == "model"}
-        if name not in known:
+        if name in given and name not in known:
             raise UserError(f"'{name}' is not a setting of the model{did_you_mean(name, [*FIELDS, *known])}")
-        options[name] = values.pop(name)
+        value = values.pop(name)
+        if name in given or "part_options" not in given:  # part_options are all that there are
+            options[name] = value
     _dataclass_init(self, **values, part_options=options)
 
 
@@ -252,14 +296,18 @@ def validate(config):
             raise UserError(f"{name}={getattr(config, name)} must be above 0")
     if config.logit_soft_cap < 0:
         raise UserError(f"logit_soft_cap={config.logit_soft_cap} must be above 0, or 0 for none")
-    _check_choice("norm_position", config.norm_position, ("pre", "post", "sandwich"))
+    _check_choice("norm_position", config.norm_position, ("pre", "post", "output", "sandwich"))
     _check_choice("residual_scaling", config.residual_scaling, ("none", "depth", "learned"))
-    if config.parallel_blocks and config.norm_position == "post":
-        raise UserError("parallel_blocks=True needs one norm before both branches; norm_position='post' has none there")
+    if config.parallel_blocks and config.norm_position in ("post", "output"):
+        position = config.norm_position
+        raise UserError(
+            f"parallel_blocks=True needs one norm before both branches; norm_position='{position}' has none there"
+        )
     for setting in ("normalization", "activation", "position_encoding", "attention_backend"):
         _check_registered(setting, getattr(config, setting))
-    for mixer, ffn in config.pattern():
-        _check_registered("mixer", mixer, "block_pattern")
+    for mixers, ffn in config.pattern():
+        for mixer in mixers.split("+"):
+            _check_registered("mixer", mixer, "block_pattern")
         if ffn != "none":
             _check_registered("ffn_type", ffn)
 

@@ -1,10 +1,12 @@
 """The classes of transformers that nanoArch's models can be imported from and exported to, one table each.
 
 Adding one: `rules` for every key of its configuration that decides a logit, `ignored` for the others, `weights` and
-`block_weights` for its parameters; `tests/test_model_interop.py` finds it, and fails on a key or parameter left out.
+`block_weights` for its parameters. `tests/test_model_interop.py` finds it, and fails on a key or parameter left out.
+Where several can hold a model, it is exported to the first.
 """
 
 import math
+from dataclasses import replace
 
 from model_interop_rules import (
     CROPPED,
@@ -16,10 +18,13 @@ from model_interop_rules import (
     HFClass,
     Must,
     Same,
+    heads,
     layered_window,
     product,
     rope,
     rows,
+    spelt_ffn,
+    whole_expand,
     window,
 )
 
@@ -37,17 +42,13 @@ EVERY_MODEL = [
 ]
 
 
-# ---- GPT-2, and nanoGPT's own file of it ------------------------------------------------------------------------------
+# ---- GPT-2 (Radford et al. 2019), and nanoGPT's own file of it -------------------------------------------------------
 
-
-@HF_CLASS_REGISTRY("GPT2LMHeadModel")
-class GPT2(HFClass):
-    """Radford et al. 2019. Models without biases are held with biases of zero."""
-
-    config = "GPT2Config"
-    always = {"normalization": "layernorm", "bias": True, "position_encoding": "learned_absolute"}
-    stands_for = {"normalization": {"layernorm_nobias": "layernorm"}, "bias": {False: True}}
-    rules = [
+GPT2 = HF_CLASS_REGISTRY["GPT2LMHeadModel"] = HFClass(
+    config="GPT2Config",
+    always={"normalization": "layernorm", "bias": True, "position_encoding": "learned_absolute"},
+    stands_for={"normalization": {"layernorm_nobias": "layernorm"}, "bias": {False: True}},
+    rules=[
         *EVERY_MODEL,
         Same("n_embd", "n_embd"),
         Same("n_layer", "n_layer"),
@@ -59,58 +60,58 @@ class GPT2(HFClass):
         Both(
             ("n_inner",),
             lambda values: {"ffn_hidden": values["n_inner"] or 4 * values["n_embd"]},
-            lambda own: {"n_inner": own.get("ffn_hidden")},
+            lambda own: {"n_inner": own["ffn_hidden"]},
         ),
         Must("scale_attn_weights", True),
         Must("scale_attn_by_inverse_layer_idx", False),
         Must("add_cross_attention", False),
-    ]
-    ignored = (
+    ],
+    ignored=(
         "reorder_and_upcast_attn",  # a matter of precision
         "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
-    )  # fmt: skip
-    weights = rows(
+    ),
+    weights=rows(
         ("transformer.wte", "token_embedding"),
         ("transformer.wpe", "position_embedding.table", CROPPED),
         ("transformer.ln_f", "final_norm"),
         ("lm_head", "head"),
-    )
-    layers = "transformer.h"
-    block_weights = {
+    ),
+    layers="transformer.h",
+    block_weights={
         "block": rows(("ln_1", "mixer_norm"), ("ln_2", "ffn_norm")),
         "attention": rows(("attn.c_attn", "mixer.qkv", TRANSPOSED), ("attn.c_proj", "mixer.out", TRANSPOSED)),
         "standard": rows(("mlp.c_fc", "ffn.up", TRANSPOSED), ("mlp.c_proj", "ffn.down", TRANSPOSED)),
-    }
+    },
+)  # fmt: skip
 
-
-class NanoGPT(GPT2):
-    """The same parameters in nanoGPT's ckpt.pt, whose matrices are nn.Linear's, with its `model_args` as settings."""
-
-    config = None
-    always = {"position_encoding": "learned_absolute", "activation": "gelu", "weight_tying": True}
-    rules = [
-        *(Same(name, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout")),
+# The same parameters in ckpt.pt, as nn.Linear has them, with its model_args as settings.
+NANOGPT = replace(
+    GPT2,
+    config=None,
+    always={"position_encoding": "learned_absolute", "activation": "gelu", "weight_tying": True},
+    rules=[
+        *(Same(name, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")),
         Both(
-            ("bias",),
+            ("bias", "n_embd"),
             lambda values: {
-                "bias": values["bias"],
                 "normalization": "layernorm" if values["bias"] else "layernorm_nobias",
+                "ffn_hidden": 4 * values["n_embd"],
             },
-            lambda own: {"bias": own["bias"]},
+            None,  # nothing is written for nanoGPT
         ),
-        Both((), lambda values: {"ffn_hidden": 4 * values["n_embd"]}, lambda own: {}),
-    ]
-    ignored = ()
-    block_weights = {
+    ],
+    ignored=(),
+    block_weights={
         "block": GPT2.block_weights["block"],
         "attention": rows(("attn.c_attn", "mixer.qkv"), ("attn.c_proj", "mixer.out")),
         "standard": rows(("mlp.c_fc", "ffn.up"), ("mlp.c_proj", "ffn.down")),
-    }
+    },
+)
 
 
-# ---- LLaMA and its kin -------------------------------------------------------------------------------------------------
+# ---- LLaMA and its kin -----------------------------------------------------------------------------------------------
 
-LLAMA_SETTINGS = {"normalization": "rmsnorm", "position_encoding": "rope", "ffn_type": "swiglu", "bias": False}
+LLAMA_SETTINGS = {"normalization": "rmsnorm", "position_encoding": "rope", "bias": False}
 LLAMA_RULES = [
     *EVERY_MODEL,
     Same("hidden_size", "n_embd"),
@@ -123,12 +124,8 @@ LLAMA_RULES = [
     rope(),
 ]
 HEAD_DIM = Same("head_dim", "head_dim")
-FFN_HIDDEN = Same("intermediate_size", "ffn_hidden")
-GATE = Both(
-    ("hidden_act",),
-    lambda values: Choice("hidden_act", "ffn_type", GATES).read(values),
-    lambda own: Choice("hidden_act", "ffn", GATES).write({"ffn": own["blocks"][0][1]}),
-)
+GATED_FFN = [Same("intermediate_size", "ffn_hidden"), spelt_ffn("hidden_act", GATES)]
+
 LLAMA_ATTENTION = rows(
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "mixer.qkv", JOINED),
     ("self_attn.o_proj", "mixer.out"),
@@ -136,130 +133,121 @@ LLAMA_ATTENTION = rows(
 QK_NORMS = rows(("self_attn.q_norm", "mixer.query_norm"), ("self_attn.k_norm", "mixer.key_norm"))
 LLAMA_FFN = rows(("mlp.gate_proj", "ffn.gate"), ("mlp.up_proj", "ffn.up"), ("mlp.down_proj", "ffn.down"))
 
-
-class LlamaLike(HFClass):
-    """What LLaMA and its kin share."""
-
-    always = LLAMA_SETTINGS
-    unread = ("activation",)
-    weights = rows(("model.embed_tokens", "token_embedding"), ("model.norm", "final_norm"), ("lm_head", "head"))
-    layers = "model.layers"
-    block_weights = {
+# Touvron et al. 2023, and Llama 3's longer waves. One `bias` here is attention's and the FFN's there.
+LLAMA = HF_CLASS_REGISTRY["LlamaForCausalLM"] = HFClass(
+    config="LlamaConfig",
+    always=LLAMA_SETTINGS,
+    rules=[*LLAMA_RULES, HEAD_DIM, *GATED_FFN, Same(("attention_bias", "mlp_bias"), "bias")],
+    ignored=("pretraining_tp",),  # how the matrices were once split
+    unread=("activation",),
+    weights=rows(("model.embed_tokens", "token_embedding"), ("model.norm", "final_norm"), ("lm_head", "head")),
+    layers="model.layers",
+    block_weights={
         "block": rows(("input_layernorm", "mixer_norm"), ("post_attention_layernorm", "ffn_norm")),
         "attention": LLAMA_ATTENTION,
         "swiglu": LLAMA_FFN,
         "geglu": LLAMA_FFN,
-    }
+    },
+)
+
+# Jiang et al. 2023: LLaMA with a sliding window.
+HF_CLASS_REGISTRY["MistralForCausalLM"] = replace(
+    LLAMA,
+    config="MistralConfig",
+    rules=[*LLAMA_RULES, HEAD_DIM, *GATED_FFN, window()],
+    ignored=(),
+)
+
+# Yang et al. 2025: queries and keys normalised per head. There is no bias in the FFN, so none is taken elsewhere.
+HF_CLASS_REGISTRY["Qwen3ForCausalLM"] = replace(
+    LLAMA,
+    config="Qwen3Config",
+    always={**LLAMA_SETTINGS, "qk_norm": True},
+    rules=[*LLAMA_RULES, HEAD_DIM, *GATED_FFN, Must("attention_bias", False), layered_window()],
+    ignored=(),
+    block_weights={**LLAMA.block_weights, "attention": [*LLAMA_ATTENTION, *QK_NORMS]},
+)
+
+# OLMo team 2024: norms after the branches, queries and keys normalised before they are split into heads.
+HF_CLASS_REGISTRY["Olmo2ForCausalLM"] = replace(
+    LLAMA,
+    config="Olmo2Config",
+    always={**LLAMA_SETTINGS, "norm_position": "output", "qk_norm": True, "qk_norm_scope": "projection"},
+    rules=[*LLAMA_RULES, *GATED_FFN, Must("attention_bias", False)],
+    ignored=(),
+    block_weights={
+        **LLAMA.block_weights,
+        "block": rows(("post_attention_layernorm", "mixer_norm"), ("post_feedforward_layernorm", "ffn_norm")),
+        "attention": [*LLAMA_ATTENTION, *QK_NORMS],
+    },
+)
 
 
-@HF_CLASS_REGISTRY("LlamaForCausalLM")
-class Llama(LlamaLike):
-    """Touvron et al. 2023, and Llama 3's longer waves. One `bias` here is attention's and the FFN's there."""
+# ---- state space models: a mixer in each block, no FFN, no order to encode, no longest text --------------------------
 
-    config = "LlamaConfig"
-    rules = [*LLAMA_RULES, HEAD_DIM, FFN_HIDDEN, GATE, Same(("attention_bias", "mlp_bias"), "bias")]
-    ignored = ("pretraining_tp",)  # how the matrices were once split
-
-
-@HF_CLASS_REGISTRY("MistralForCausalLM")
-class Mistral(LlamaLike):
-    """Jiang et al. 2023: LLaMA with a sliding window."""
-
-    config = "MistralConfig"
-    rules = [*LLAMA_RULES, HEAD_DIM, FFN_HIDDEN, GATE, window()]
-
-
-@HF_CLASS_REGISTRY("Qwen3ForCausalLM")
-class Qwen3(LlamaLike):
-    """Yang et al. 2025: queries and keys normalised per head. It has no bias in the FFN, so none is taken."""
-
-    config = "Qwen3Config"
-    always = {**LLAMA_SETTINGS, "qk_norm": True}
-    rules = [*LLAMA_RULES, HEAD_DIM, FFN_HIDDEN, GATE, Must("attention_bias", False), layered_window()]
-    block_weights = {**LlamaLike.block_weights, "attention": [*LLAMA_ATTENTION, *QK_NORMS]}
-
-
-# ---- state space models ------------------------------------------------------------------------------------------------
-
-
-class MambaLike(HFClass):
-    """A mixer in each block and no FFN. There is no order to encode and no longest text."""
-
-    unread = ("activation", "n_head", "block_size")
-    shared_rules = [
-        *EVERY_MODEL,
-        Same("hidden_size", "n_embd"),
-        Same("num_hidden_layers", "n_layer"),
-        Same("layer_norm_epsilon", "norm_eps"),
-        Same("state_size", "d_state"),
-        Same("conv_kernel", "d_conv"),
-        Same("use_bias", "bias"),
-        Same("use_conv_bias", "conv_bias"),
-        Same("time_step_min", "dt_min"),
-        Same("time_step_max", "dt_max"),
-        Same("time_step_floor", "dt_init_floor"),
-        Both(
-            ("expand",),
-            lambda values: {"expand": float(values["expand"])},
-            lambda own: {"expand": math.floor(own.get("expand", 2))},  # theirs is whole
-        ),
-        Must("hidden_act", "silu"),
-    ]
-    ignored = (
-        "residual_in_fp32",  # a matter of precision
-        "rescale_prenorm_residual",  # and of first values
-        "use_mambapy", "use_associative_scan",  # and of speed
-    )  # fmt: skip
-    weights = rows(("backbone.embeddings", "token_embedding"), ("backbone.norm_f", "final_norm"), ("lm_head", "head"))
-    layers = "backbone.layers"
-
-
-MAMBA_SETTINGS = {"normalization": "rmsnorm", "position_encoding": "none"}
+MAMBA_RULES = [
+    *EVERY_MODEL,
+    Same("hidden_size", "n_embd"),
+    Same("num_hidden_layers", "n_layer"),
+    Same("layer_norm_epsilon", "norm_eps"),
+    Same("state_size", "d_state"),
+    Same("conv_kernel", "d_conv"),
+    Same("use_bias", "bias"),
+    Same("use_conv_bias", "conv_bias"),
+    Same("time_step_min", "dt_min"),
+    Same("time_step_max", "dt_max"),
+    Same("time_step_floor", "dt_init_floor"),
+    whole_expand("expand"),
+    Must("hidden_act", "silu"),
+]
 # Parameters have the same names inside the mixer.
-MAMBA = [(f"mixer.{name}", f"mixer.{name}") for name in ("A_log", "D", "conv1d", "in_proj", "out_proj")]
+MAMBA_WEIGHTS = [(name, name) for name in ("mixer.A_log", "mixer.D", "mixer.conv1d", "mixer.in_proj", "mixer.out_proj")]
 
-
-@HF_CLASS_REGISTRY("MambaForCausalLM")
-class Mamba(MambaLike):
-    """Gu & Dao 2023."""
-
-    config = "MambaConfig"
-    always = {**MAMBA_SETTINGS, "block_pattern": "mamba/none"}
-    rules = [
-        *MambaLike.shared_rules,
+# Gu & Dao 2023
+MAMBA = HF_CLASS_REGISTRY["MambaForCausalLM"] = HFClass(
+    config="MambaConfig",
+    always={"normalization": "rmsnorm", "position_encoding": "none", "block_pattern": "mamba/none"},
+    rules=[
+        *MAMBA_RULES,
         Same("time_step_rank", "dt_rank"),
         Same("time_step_scale", "dt_scale"),
         Same("time_step_init_scheme", "dt_init"),
         product("intermediate_size", "expand", "hidden_size"),
-    ]
-    block_weights = {
+    ],
+    ignored=(
+        "residual_in_fp32",  # a matter of precision
+        "rescale_prenorm_residual",  # of first values
+        "use_mambapy", "use_associative_scan",  # of speed
+    ),
+    unread=("activation", "n_head", "block_size"),
+    weights=rows(("backbone.embeddings", "token_embedding"), ("backbone.norm_f", "final_norm"), ("lm_head", "head")),
+    layers="backbone.layers",
+    block_weights={
         "block": rows(("norm", "mixer_norm")),
-        "mamba": rows(*MAMBA, ("mixer.x_proj", "mixer.x_proj"), ("mixer.dt_proj", "mixer.dt_proj")),
-    }
+        "mamba": rows(*MAMBA_WEIGHTS, ("mixer.x_proj", "mixer.x_proj"), ("mixer.dt_proj", "mixer.dt_proj")),
+    },
+)  # fmt: skip
 
-
-@HF_CLASS_REGISTRY("Mamba2ForCausalLM")
-class Mamba2(MambaLike):
-    """Dao & Gu 2024."""
-
-    config = "Mamba2Config"
-    always = {**MAMBA_SETTINGS, "block_pattern": "mamba2/none"}
-    rules = [
-        *MambaLike.shared_rules,
+# Dao & Gu 2024
+HF_CLASS_REGISTRY["Mamba2ForCausalLM"] = replace(
+    MAMBA,
+    config="Mamba2Config",
+    always={**MAMBA.always, "block_pattern": "mamba2/none"},
+    rules=[
+        *MAMBA_RULES,
         Same("head_dim", "headdim"),
         Same("n_groups", "ngroups"),
         Same("chunk_size", "chunk_size"),
-        Both(
-            ("num_heads",),
-            lambda values: product("num_heads * head_dim", "expand", "hidden_size").read(
-                {**values, "num_heads * head_dim": values["num_heads"] * values["head_dim"]}
-            ),
-            lambda own: {"num_heads": round(own.get("expand", 2) * own["n_embd"]) // own.get("headdim", 1)},
-        ),
+        heads("num_heads", "head_dim", "expand"),
         Must("time_step_limit", (0.0, math.inf)),
-    ]
-    ignored = (*MambaLike.ignored, "time_step_rank")  # Mamba-1's; nothing reads it
-    block_weights = {
+    ],
+    ignored=(
+        "residual_in_fp32",
+        "rescale_prenorm_residual",
+        "time_step_rank",
+    ),  # the last is Mamba-1's: nothing reads it
+    block_weights={
         "block": rows(("norm", "mixer_norm")),
-        "mamba2": rows(*MAMBA, ("mixer.dt_bias", "mixer.dt_bias"), ("mixer.norm", "mixer.norm")),
-    }
+        "mamba2": rows(*MAMBA_WEIGHTS, ("mixer.dt_bias", "mixer.dt_bias"), ("mixer.norm", "mixer.norm")),
+    },
+)

@@ -8,13 +8,13 @@ class's configuration and read back, and what comes back different is what the c
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from model_builder import ConfigurableGPT, chosen_parts, on_meta
 from model_config import FIELDS
-from registry import Registry
+from registry import Registry, registered_options
 from user_errors import UserError
 
 HF_CLASS_REGISTRY = Registry("hf_class")
@@ -143,17 +143,19 @@ def read_rope(values):
         if value is None:
             continue
         if key not in ROPE_KEYS[kind] or ROPE_KEYS[kind][key] not in (None, value):
-            refuse(f"rope_parameters[{key!r}]", value, f"rope_type={kind!r} has {ROPE_KEYS[kind] or 'no such key'} here")
+            refuse(
+                f"rope_parameters[{key!r}]", value, f"rope_type={kind!r} has {ROPE_KEYS[kind] or 'no such key'} here"
+            )
         if key in ROPE_SETTINGS:
             settings[ROPE_SETTINGS[key]] = value if key.startswith("original") else float(value)
     return settings
 
 
 def write_rope(own):
-    kind = own.get("rope_scaling", "none")
+    kind = own["rope_scaling"]
     kind = kind if kind in ROPE_KEYS else "default"
     extra = {key: own[ROPE_SETTINGS[key]] if must is None else must for key, must in ROPE_KEYS[kind].items()}
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": own.get("rope_theta"), **extra}}
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": own["rope_theta"], **extra}}
 
 
 def rope():
@@ -164,7 +166,7 @@ def window():
     return Both(
         ("sliding_window",),
         lambda values: {"sliding_window": values["sliding_window"] or 0},
-        lambda own: {"sliding_window": own.get("sliding_window") or None},
+        lambda own: {"sliding_window": own["sliding_window"] or None},
     )
 
 
@@ -177,17 +179,28 @@ def read_layered_window(values):
 
 
 def write_layered_window(own):
-    size = own.get("sliding_window") or None
+    size = own["sliding_window"] or None
     kind = "full_attention" if size is None else "sliding_attention"
     return {
-        "use_sliding_window": size is not None, "sliding_window": size, "max_window_layers": 0 if size else own["n_layer"],
-        "layer_types": [kind] * own["n_layer"],
+        "use_sliding_window": size is not None, "sliding_window": size,
+        "max_window_layers": 0 if size else own["n_layer"], "layer_types": [kind] * own["n_layer"],
     }  # fmt: skip
 
 
 def layered_window():
     keys = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
     return Both(keys, read_layered_window, write_layered_window)
+
+
+def spelt_ffn(key, spelling):
+    """The activation inside a gated FFN, which is the FFN's own name here."""
+    choice = Choice(key, "ffn_type", spelling)
+    return Both((key,), choice.read, lambda own: choice.write({"ffn_type": own["blocks"][0][1]}))
+
+
+def whole_expand(key):
+    """The inner width over n_embd, a whole number there; another is rounded, which shows when it is read back."""
+    return Both((key,), lambda values: {"expand": float(values[key])}, lambda own: {key: max(1, int(own["expand"]))})
 
 
 def product(key, *factors):
@@ -202,64 +215,96 @@ def product(key, *factors):
     return Both((key,), read, lambda own: {})
 
 
-# ---- weights: one row per parameter or module -------------------------------------------------------------------------
+def heads(key, width, expand):
+    """How many heads of `width` fill the inner width; here that follows."""
+
+    def read(values):
+        wanted = values[expand] * values["hidden_size"]
+        if values[key] * values[width] != wanted:
+            refuse(key, values[key], f"times {width}={values[width]} it must be {expand} x hidden_size = {wanted}")
+        return {}
+
+    return Both((key,), read, lambda own: {key: _whole(max(1, int(own["expand"])) * own["n_embd"] / own["headdim"])})
+
+
+def _whole(number):
+    return int(number) if number == int(number) else number
+
+
+# ---- weights: one row per parameter or module ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How tensors of theirs become one of ours and back; `like` is the tensor, or the list, to be filled."""
+    """How tensors of theirs become ours and back; `like` is what is to be filled, and has the shapes."""
 
-    to_ours: object  # (theirs: list, like) -> tensor
-    to_theirs: object  # (ours, like: list) -> list
+    to_ours: object  # (theirs: list, like: list) -> list
+    to_theirs: object  # (ours: list, like: list) -> list
 
 
-SAME = Transform(lambda theirs, like: theirs[0], lambda ours, like: [ours])
-TRANSPOSED = Transform(lambda theirs, like: theirs[0].t(), lambda ours, like: [ours.t()])  # a bias stays as it is
-JOINED = Transform(
-    lambda theirs, like: torch.cat(theirs), lambda ours, like: ours.split([tensor.size(0) for tensor in like])
-)
-CROPPED = Transform(lambda theirs, like: theirs[0][: like.size(0)], lambda ours, like: [ours])  # a shorter context
+def _join(tensors, like):
+    return [torch.cat(tensors)]
+
+
+def _split(tensors, like):
+    return tensors[0].split([tensor.size(0) for tensor in like])
+
+
+def _transpose(tensors, like):
+    return [tensor.t() for tensor in tensors]  # which leaves a bias as it is
+
+
+def _keep(tensors, like):
+    return tensors
+
+
+SAME = Transform(_keep, _keep)
+TRANSPOSED = Transform(_transpose, _transpose)
+JOINED = Transform(_join, _split)  # several of theirs are one of ours, row below row
+SPLIT = Transform(_split, _join)  # and the other way round
+CROPPED = Transform(lambda theirs, like: [theirs[0][: like[0].size(0)]], _keep)  # positions of a shorter context
 
 
 @dataclass(frozen=True)
 class Row:
-    """`theirs` (several are joined) is `ours`: parameters, or modules whose weight and bias are meant."""
+    """`theirs` are `ours`: names of parameters, or of modules whose weight and bias are meant."""
 
     theirs: tuple
-    ours: str
+    ours: tuple
     transform: Transform = SAME
 
-    def inside(self, their_module, our_module):
-        theirs = tuple(f"{their_module}.{name}" for name in self.theirs)
-        return Row(theirs, f"{our_module}.{self.ours}", self.transform)
-
-    def leaf(self, leaf):
-        return Row(tuple(name + leaf for name in self.theirs), self.ours + leaf, self.transform)
+    def renamed(self, theirs, ours):
+        """The row with each name put into a format such as 'blocks.0.{}'."""
+        return Row(tuple(map(theirs.format, self.theirs)), tuple(map(ours.format, self.ours)), self.transform)
 
 
 def rows(*table):
-    """Rows from (theirs, ours[, transform]) tuples."""
-    return [Row((theirs,) if isinstance(theirs, str) else theirs, *rest) for theirs, *rest in table]
+    """Rows from (theirs, ours[, transform]) tuples, where a lone name may stand for a tuple of one."""
+    return [Row(_names(theirs), _names(ours), *rest) for theirs, ours, *rest in table]
 
 
-# ---- a class ----------------------------------------------------------------------------------------------------------
+def _names(names):
+    return (names,) if isinstance(names, str) else names
 
 
+# ---- a class ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class HFClass:
-    """What every entry has. All of it is data; a subclass is registered under the name of a transformers class."""
+    """What is registered under the name of a transformers class."""
 
-    config = None  # name of the configuration class in transformers
-    always = {}  # settings of ours that this class stands for, whatever its configuration says
-    rules = ()
-    ignored = ()  # keys of theirs that change no logit
-    unread = ()  # settings of ours that its parts never read
-    stands_for = {}  # {setting: {value of ours: value it is held as, with biases of zero}}
-    weights = ()  # rows of the model
-    layers = None  # where its blocks are: 'model.layers'
-    block_weights = {}  # {'block' or the name of a mixer or FFN: rows}
+    config: str | None  # name of the configuration class in transformers
+    always: dict  # settings of ours that the class stands for, whatever its configuration says
+    rules: list  # for the keys of its configuration
+    weights: list  # rows of the model
+    layers: str  # where its blocks are: 'model.layers'
+    block_weights: dict  # {'block' or the name of a mixer or FFN: rows}
+    ignored: tuple = ()  # keys of theirs that change no logit
+    unread: tuple = ()  # settings of ours that its parts never read
+    stands_for: dict = field(default_factory=dict)  # {setting: {value of ours: the value it is held as}}; see `held`
 
-    @classmethod
-    def settings(cls, values, known=None):
+    def settings(self, values, known=None):
         """Keyword arguments of ModelArchitectureConfig for the values of a Hugging Face configuration.
 
         Args:
@@ -270,50 +315,63 @@ class HFClass:
         Raises:
             UserError: a feature that nanoArch does not have, naming it and its value.
         """
-        settings = dict(cls.always)
-        for rule in cls.rules:
+        settings = dict(self.always)
+        for rule in self.rules:
             settings.update(rule.read(values))
-        for key in sorted(set(known or ()) - cls.keys()):
+        for key in sorted(set(known or ()) - self.keys()):
             if values.get(key) != known[key]:
                 refuse(key, values.get(key), "nanoArch does not know this setting")
         return settings
 
-    @classmethod
-    def values(cls, own):
+    def values(self, own):
         """Keyword arguments of the Hugging Face configuration for `resolved` settings."""
-        values = {}
-        for rule in cls.rules:
-            values.update(rule.write({**own, **cls.held(own)}))
+        defaults = {name: declared[0].default for name, declared in registered_options().items()}
+        own, values = {**defaults, **own, **self.held(own)}, {}
+        for rule in self.rules:
+            values.update(rule.write(own))
         return values
 
-    @classmethod
-    def held(cls, own):
+    def held(self, own):
         """{setting: value} that differ from ours but compute the same with biases of zero."""
-        spelling = {name: table.get(own.get(name)) for name, table in cls.stands_for.items()}
+        spelling = {name: table.get(own.get(name)) for name, table in self.stands_for.items()}
         return {name: value for name, value in spelling.items() if value is not None}
 
-    @classmethod
-    def keys(cls):
+    def keys(self):
         """Every key of theirs that this entry knows."""
-        return {key for rule in cls.rules for key in rule.keys} | {*cls.ignored, *COMMON_KEYS}
+        return {*self.read_keys(), *self.ignored, *COMMON_KEYS}
 
-    @classmethod
-    def rows(cls, config):
-        """Every Row of a model of this ModelArchitectureConfig."""
-        yield from cls.weights
+    def read_keys(self):
+        """The keys that decide something here."""
+        return {key for rule in self.rules for key in rule.keys}
+
+    def rows(self, config):
+        """Every Row of a model of this ModelArchitectureConfig, of single parameters."""
+        found = list(self.weights)
         for i, (mixer, ffn) in enumerate(config.blocks()):
             for part in ("block", mixer, ffn):
-                for row in cls.block_weights.get(part, ()):
-                    yield row.inside(f"{cls.layers}.{i}", f"blocks.{i}")
+                inside = (f"{self.layers}.{i}.{{}}", f"blocks.{i}.{{}}")
+                found += [row.renamed(*inside) for row in self.block_weights.get(part, ())]
+        return [row.renamed(f"{{}}{leaf}", f"{{}}{leaf}") for row in found for leaf in ("", ".weight", ".bias")]
+
+    def can_hold_parts(self, config):
+        """Whether every mixer and FFN of a config is in the table."""
+        return {part for block in config.blocks() for part in block} - {"none"} <= self.block_weights.keys()
 
 
-# ---- our settings, comparable ------------------------------------------------------------------------------------------
+# ---- our settings, comparable ----------------------------------------------------------------------------------------
 
 IN_PARTS = {  # {setting that may be None or a ratio: (slot, attribute) that says what it came to}
     "n_kv_head": ("mixer", "n_kv_head"), "head_dim": ("mixer", "head_dim"), "dt_rank": ("mixer", "dt_rank"),
     "headdim": ("mixer", "headdim"), "ffn_hidden": ("ffn", "hidden"),
 }  # fmt: skip
-BESIDE_PARTS = ("part_options", "block_pattern", "ffn_type", "ffn_multiplier", "ffn_multiple_of")  # said otherwise
+SAID_OTHERWISE = (
+    "part_options", "block_pattern", "ffn_type", "ffn_multiplier", "ffn_multiple_of", "queries_per_kv_head",
+)  # fmt: skip
+IDLE = {  # {option: (setting, its values that leave the option without effect)}
+    "qk_norm_scope": ("qk_norm", (False,)),
+    "rope_scaling_factor": ("rope_scaling", ("none",)),
+    "rope_original_context": ("rope_scaling", ("none", "linear", "ntk")),
+}
 
 
 def resolved(config):
@@ -331,7 +389,8 @@ def resolved(config):
         if found:
             own[name] = found.pop()
     own["vocab_size"], own["blocks"] = model.head.out_features, tuple(config.blocks())
-    return {name: value for name, value in own.items() if name not in BESIDE_PARTS}
+    idle = {name for name, (setting, values) in IDLE.items() if own.get(setting) in values}
+    return {name: value for name, value in own.items() if name not in (*SAID_OTHERWISE, *idle)}
 
 
 def differences(own, other, aside=()):

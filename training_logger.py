@@ -47,8 +47,7 @@ def new_run_folder(settings, dataset_name):
                 "or choose another name"
             )
         return folder
-    mixers = dict.fromkeys(mixer for mixer, _ in model.blocks())
-    what = model.arch_preset if model.arch_preset != "custom" else "+".join(mixers)
+    what = model.arch_preset if model.arch_preset != "custom" else "+".join(model.mixers())
     shape = model.model_size or f"{model.n_layer}x{model.n_embd}"
     name = f"{what}-{shape}-{dataset_name}-s{config.seed}"
     folder, copy = Path(config.runs_dir) / name, 1

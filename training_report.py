@@ -54,7 +54,9 @@ def architecture_tree(model, flops):
         layers = [layer for layer, other in enumerate(config.blocks()) if other == kind]
         block = model.blocks[layers[0]]
         rows.append(("", f"{len(layers)} x block, each", None, None))
-        rows.append(("│  ", _mixer_line(config, kind[0], block), _parameters(block.mixer), _flops(block.mixer, config)))
+        rows.append(
+            ("│  ", f"{kind[0]}  {block.mixer.describe()}", _parameters(block.mixer), _flops(block.mixer, config))
+        )
         if block.ffn is not None:
             hidden = getattr(block.ffn, "hidden", None)
             label = kind[1] + (f" ({config.activation})" if kind[1] == "standard" else "")
@@ -77,18 +79,6 @@ def architecture_tree(model, flops):
     total = sum(p.numel() for p in model.parameters())
     lines.append(f"{'in all, forward':<52}{total:>14,}{human_count(flops.forward):>14}")
     return lines
-
-
-def _mixer_line(config, name, block):
-    if name != "attention":
-        return name
-    mixer = block.mixer
-    heads = f"{mixer.n_head} heads x {mixer.head_dim}"
-    if mixer.n_kv_head != mixer.n_head:
-        heads += f", {mixer.n_kv_head} kv"
-    window = f", window {mixer.window}" if mixer.window else ""
-    inside = f", {config.position_encoding}" if mixer.position_encoding is not None else ""
-    return f"attention  {heads}{window}{inside}"
 
 
 def _shape(tensor):

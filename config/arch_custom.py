@@ -3,7 +3,7 @@
 arch_preset = "custom"
 
 normalization = "rmsnorm"  # layernorm, layernorm_nobias, rmsnorm
-norm_position = "pre"  # pre, post, sandwich
+norm_position = "pre"  # pre, post, output, sandwich
 position_encoding = "rope"  # learned_absolute, rope, alibi, none
 attention_backend = "sdpa"  # sdpa, manual, flex
 ffn_type = "standard"  # standard, swiglu, geglu

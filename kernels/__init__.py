@@ -24,7 +24,7 @@ def choose(model, device, backend):
             f"kernel_backend={backend!r} does not exist{did_you_mean(backend, BACKENDS)} (known: {', '.join(BACKENDS)})"
         )
     chosen = {"linear": "plain"}
-    if any(mixer == "attention" for mixer, _ in model.config.blocks()):
+    if any("attention" in mixer for mixer in model.config.mixers()):
         chosen["attention"] = model.config.attention_backend
     if backend == "auto" and cpu_linear.is_faster_here(device) and cpu_linear.equals_plain():
         cpu_linear.install(model)

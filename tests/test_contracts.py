@@ -46,7 +46,7 @@ VARIANTS |= {f"backend-{name}": {"attention_backend": name} for name in backends
 VARIANTS |= {f"ffn-{name}": {"ffn_type": name, "bias": True} for name in FFN_REGISTRY}
 VARIANTS |= {f"norm-{name}": {"normalization": name} for name in NORM_REGISTRY}
 VARIANTS |= {f"activation-{name}": {"activation": name} for name in ACTIVATION_REGISTRY}
-VARIANTS |= {f"norm_position-{place}": {"norm_position": place} for place in ("pre", "post", "sandwich")}
+VARIANTS |= {f"norm_position-{place}": {"norm_position": place} for place in ("pre", "post", "output", "sandwich")}
 VARIANTS |= {f"residual-{kind}": {"residual_scaling": kind} for kind in ("none", "depth", "learned")}
 VARIANTS |= {
     "parallel": {"parallel_blocks": True},
@@ -56,6 +56,14 @@ VARIANTS |= {
     "untied": {"weight_tying": False, "logit_soft_cap": 3.0},
     "gqa": {"n_kv_head": 2, "qk_norm": True, "position_encoding": "rope"},
     "mqa": {"n_kv_head": 1, "bias": True},
+    "qk-projection": {
+        "qk_norm": True,
+        "qk_norm_scope": "projection",
+        "queries_per_kv_head": 3,
+        "position_encoding": "rope",
+    },
+    "local": {"block_pattern": "local_attention", "hybrid_local_window": 4},
+    "side-by-side": {"block_pattern": "mamba+attention/none,gla + local_attention", "hybrid_local_window": 5},
     "window": {"sliding_window": 4, "position_encoding": "rope"},
     "capped": {"attention_soft_cap": 2.0, "attention_backend": "manual"},
 }
@@ -246,7 +254,7 @@ def counted(model, t, backward=False):
 @pytest.mark.parametrize("t", [6, T])
 def test_declared_flops_equal_torchs_counter(build, variant, t):
     # A window is counted as what it is, which the counter cannot see: it is compared where the window holds everything.
-    changes = {"sliding_window": T} if "sliding_window" in VARIANTS[variant] else {}
+    changes = {name: T for name in ("sliding_window", "hybrid_local_window") if name in VARIANTS[variant]}
     model = build(variant, **changes)
     declared = flops_per_token(model, t)
     products = declared.forward - declared.vectors - sum(block.mixer.elementwise_flops(t) for block in model.blocks)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mixer_attention import ATTENTION_BACKEND_REGISTRY, Attention, visible
+from mixer_attention import ATTENTION_BACKEND_REGISTRY, Attention, LocalAttention, visible
 from model_helpers import backends_that_train_on_cpu, scrambled
 from user_errors import UserError
 
@@ -23,6 +23,7 @@ VARIANTS = {
     "head_dim6": {"head_dim": 6},
     "qk_norm": {"qk_norm": True},
     "qk_layernorm": {"qk_norm": True, "normalization": "layernorm"},
+    "qk_norm-projection": {"qk_norm": True, "qk_norm_scope": "projection", "n_kv_head": 2, "position_encoding": "rope"},
     "rope": {"position_encoding": "rope"},
     "alibi": {"position_encoding": "alibi"},
     "alibi-window3": {"position_encoding": "alibi", "sliding_window": 3},
@@ -81,6 +82,9 @@ def equation(layer, x, positions=None, document_ids=None):
     B, H, D = len(x), layer.n_head, layer.head_dim
     kv_width = layer.n_kv_head * D
     q, k, v = layer.qkv(x).split([H * D, kv_width, kv_width], dim=-1)
+    norms = layer.query_norm, layer.key_norm
+    if layer.query_norm is not None and layer.query_norm.weight.numel() == H * D:  # over the whole projection
+        q, k, norms = layer.query_norm(q), layer.key_norm(k), (None, None)
     order = torch.arange(T)
     rows = []
     for b in range(B):
@@ -90,10 +94,10 @@ def equation(layer, x, positions=None, document_ids=None):
             for h in range(H):
                 shared = h * layer.n_kv_head // H
                 keys = [j for j in range(T) if sees(layer, i, j, None if document_ids is None else document_ids[b])]
-                q_i = placed(layer, layer.query_norm, q[b, i, h * D : (h + 1) * D], where[i])
+                q_i = placed(layer, norms[0], q[b, i, h * D : (h + 1) * D], where[i])
                 scores = []
                 for j in keys:
-                    k_j = placed(layer, layer.key_norm, k[b, j, shared * D : (shared + 1) * D], where[j])
+                    k_j = placed(layer, norms[1], k[b, j, shared * D : (shared + 1) * D], where[j])
                     score = (q_i * k_j).sum() / math.sqrt(D)
                     if layer.soft_cap:
                         score = layer.soft_cap * torch.tanh(score / layer.soft_cap)
@@ -320,3 +324,31 @@ def test_a_backend_that_cannot_train_here_says_so(make):
 
 def test_a_head_width_of_its_own_needs_no_division(tiny):
     assert Attention(tiny(n_embd=18, head_dim=4), 0).out.weight.shape == (18, 16)
+
+
+# ---- shared heads and the hybrid's window ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_head, sharing, heads", [(8, 1, 8), (8, 2, 4), (8, 3, 2), (6, 4, 1), (12, 4, 3), (4, 99, 1)])
+def test_queries_per_kv_head_takes_the_most_heads_that_divide(tiny, n_head, sharing, heads):
+    config = tiny(n_embd=48, n_head=n_head, queries_per_kv_head=sharing)
+    assert Attention(config, 0).n_kv_head == heads
+    assert Attention(config.replace(n_kv_head=n_head), 0).n_kv_head == n_head  # the count itself goes first
+
+
+def test_local_attention_is_attention_with_a_window(tiny):
+    local = LocalAttention(tiny(hybrid_local_window=3), 0)
+    windowed = Attention(tiny(sliding_window=3), 0)
+    windowed.load_state_dict(local.state_dict())
+    assert torch.equal(local(inputs()), windowed(inputs()))
+    assert local.state_bytes(99) == windowed.state_bytes(99) < Attention(tiny(), 0).state_bytes(99)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"queries_per_kv_head": 0}, "queries_per_kv_head=0 must be at least 1"),
+    ({"qk_norm_scope": "heads"}, "qk_norm_scope='heads' must be head or projection"),
+    ({"hybrid_local_window": 0}, "hybrid_local_window=0 must be at least 1"),
+])  # fmt: skip
+def test_options_out_of_range_are_refused(tiny, changes, words):
+    with pytest.raises(UserError, match=words):
+        LocalAttention(tiny(**changes), 0)

@@ -109,6 +109,7 @@ S = (2 * 2) ** -0.5  # 1 / sqrt(2 n_layer) of two layers
 BLOCKS = {  # (config changes, the block written out; m: mixer, f: FFN, n1 n2: norms before, o1 o2: norms after)
     "pre": ({}, lambda x, m, f, n1, n2, o1, o2: (h := x + m(n1(x))) + f(n2(h))),
     "post": ({"norm_position": "post"}, lambda x, m, f, n1, n2, o1, o2: n2((h := n1(x + m(x))) + f(h))),
+    "output": ({"norm_position": "output"}, lambda x, m, f, n1, n2, o1, o2: (h := x + n1(m(x))) + n2(f(h))),
     "sandwich": ({"norm_position": "sandwich"}, lambda x, m, f, n1, n2, o1, o2: (h := x + o1(m(n1(x)))) + o2(f(n2(h)))),
     "parallel": ({"parallel_blocks": True}, lambda x, m, f, n1, n2, o1, o2: x + m(n1(x)) + f(n1(x))),
     "parallel-sandwich": ({"parallel_blocks": True, "norm_position": "sandwich"},
@@ -139,6 +140,16 @@ def test_a_block_is_its_equation(tiny, name):
     torch.testing.assert_close(block(x), written_out(x, *parts), **EXACT)
     used = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
     assert {id(parameter) for parameter in block.parameters()} == used, "a parameter that no equation has"
+
+
+def test_mixers_side_by_side_are_added(tiny):
+    block = scrambled(Block(tiny(block_pattern="attention+mamba/none"), 0)).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    h, (attention, mamba) = block.mixer_norm(x), block.mixer.mixers
+    assert type(attention).__name__ == "Attention" and type(mamba).__name__ == "Mamba"
+    torch.testing.assert_close(block(x), x + attention(h) + mamba(h), **EXACT)
+    assert block.mixer.state_bytes(9) == attention.state_bytes(9) + mamba.state_bytes(9)
+    assert block.mixer.mixing_flops(9) == attention.mixing_flops(9) + mamba.mixing_flops(9)
 
 
 def test_learned_scaling_is_a_gain_per_channel(tiny):
@@ -421,7 +432,10 @@ def test_a_mixer_of_ones_own_trains_and_generates_for_ever(tiny, shift):
     ({"block_pattern": "shift", "position_encoding": "rope"}, ["position_encoding='rope'", "block_pattern='shift'"]),
     ({"block_pattern": "shift", "position_encoding": "alibi"}, ["position_encoding='alibi'", "block_pattern='shift'"]),
     ({"block_pattern": "attention,shift", "causal": False}, ["causal=False", "'shift'", "block_pattern='attention,s"]),
-], ids=["rope", "alibi", "both-ways"])  # fmt: skip
+    ({"block_pattern": "attention+shift", "causal": False}, ["causal=False", "'shift'", "block_pattern='attention+s"]),
+    ({"block_pattern": "shift", "sliding_window": 4}, ["sliding_window=4", "'attention'", "block_pattern='shift'"]),
+    ({"hybrid_local_window": 8}, ["hybrid_local_window=8", "'local_attention'", "block_pattern='attention'"]),
+], ids=["rope", "alibi", "both-ways", "both-ways-side-by-side", "window", "local-window"])  # fmt: skip
 def test_parts_that_do_not_go_together_are_refused_with_both_settings(tiny, shift, changes, words):
     with pytest.raises(UserError) as refusal:
         ConfigurableGPT(tiny(**changes))

@@ -31,6 +31,13 @@ PRESET_VALUES = {  # in the order of NINE
     "mamba2": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
     "lstm": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
     "gru": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
+    "gqa": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
+    "mistral": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
+    "qwen3": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, True, 0.0),
+    "olmo2": ("rmsnorm", "silu", "rope", "sdpa", "output", "swiglu", False, False, 0.0),
+    "residual_scaling": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
+    "mamba_hybrid": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, True, 0.0),
+    "mamba_hybrid_parallel": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, True, 0.0),
     "rnn": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
 }
 
@@ -43,9 +50,29 @@ def test_presets_are_these():
 @pytest.mark.parametrize("preset", PRESET_VALUES)
 def test_a_preset_fixes_all_nine_options_and_the_mixer(preset):
     config = ModelArchitectureConfig.from_preset(preset)
-    assert {*PRESETS[preset]} == {*NINE, "block_pattern"}
+    assert {*PRESETS[preset]} >= {*NINE, "block_pattern"}
     assert tuple(getattr(config, name) for name in NINE) == PRESET_VALUES[preset]
     assert config.arch_preset == preset
+
+
+def test_a_preset_brings_options_of_parts_and_they_leave_with_it():
+    import model_builder  # noqa: F401  fills the registries, so that options are known by name
+
+    mistral = ModelArchitectureConfig.from_preset("mistral", n_head=8)
+    assert mistral.part_options == {"queries_per_kv_head": 4, "sliding_window": 4096}
+    assert mistral.replace(n_layer=2).part_options == mistral.part_options
+    assert mistral.replace(arch_preset="qwen3", n_kv_head=2).part_options == {
+        "queries_per_kv_head": 2, "qk_norm": True, "rope_theta": 1e6, "n_kv_head": 2,
+    }  # fmt: skip
+    olmo2 = mistral.replace(arch_preset="olmo2")
+    assert (olmo2.norm_eps, olmo2.replace(arch_preset="llama").norm_eps) == (1e-6, 1e-5)
+    assert olmo2.replace(arch_preset="llama").part_options == {}
+    assert olmo2.replace(arch_preset="custom").part_options == olmo2.part_options  # the values as they stand
+    off = ModelArchitectureConfig.from_preset("mistral", sliding_window=0)
+    assert off.part_options["sliding_window"] == 0
+    assert ModelArchitectureConfig.from_dict(off.to_dict()) == off
+    without = {**mistral.to_dict(), "part_options": {}}
+    assert ModelArchitectureConfig.from_dict(without).part_options == {}  # a saved config is complete
 
 
 def test_what_is_given_beside_a_preset_wins():
@@ -178,6 +205,8 @@ def test_the_pattern_is_tiled_over_the_depth(pattern, blocks):
     ({"activation": "relu2", "position_encoding": "alibi"}, "4L-4H-128D-ALiBi-LNnb-ReLU2-PreNorm"),
     ({"norm_position": "sandwich", "normalization": "rmsnorm"}, "4L-4H-128D-Learned-RMS-GELU-SandwichNorm"),
     ({"position_encoding": "none", "ffn_type": "geglu"}, "4L-4H-128D-NoPos-LNnb-GEGLU-PreNorm"),
+    ({"arch_preset": "mamba_hybrid"}, "4L-4H-128D-Mamba+Local-RoPE-RMS-SwiGLU-PreNorm"),
+    ({"arch_preset": "olmo2"}, "4L-4H-128D-RoPE-RMS-SwiGLU-OutputNorm"),
     ({"block_pattern": "attention/swiglu,attention"}, "4L-4H-128D-Learned-LNnb-SwiGLU+GELU-PreNorm"),
 ])  # fmt: skip
 def test_architecture_name(changes, name):
@@ -190,7 +219,7 @@ def test_the_name_tells_registered_parts_apart(tiny):
 
     MIXER_REGISTRY["shift"] = type("Shift", (Mixer,), {})
     assert tiny(block_pattern="shift").architecture_name() == "2L-16D-shift-Learned-LNnb-GELU-PreNorm"
-    assert tiny(block_pattern="shift,attention").architecture_name().startswith("2L-4H-16D-shift+attention-")
+    assert tiny(block_pattern="shift,attention").architecture_name().startswith("2L-4H-16D-shift+Attn-")
 
 
 def test_summary_lists_every_setting():
