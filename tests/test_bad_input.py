@@ -45,7 +45,7 @@ SETTINGS = [
     ("--activation=gelo", ["activation='gelo' does not exist", "did you mean 'gelu'"]),
     ("--position_encoding=ropes", ["position_encoding='ropes' does not exist", "did you mean 'rope'"]),
     ("--attention_backend=flash", ["attention_backend='flash' does not exist", "sdpa"]),
-    ("--norm_position=middle", ["norm_position='middle' does not exist", "pre, post, sandwich"]),
+    ("--norm_position=middle", ["norm_position='middle' does not exist", "pre, post, output, sandwich"]),
     ("--ffn_type=swigl", ["ffn_type='swigl' does not exist", "did you mean 'swiglu'"]),
     ("--block_pattern=", ["block_pattern='' does not exist"]),
     ("--block_pattern=atention", ["block_pattern='atention' does not exist", "did you mean 'attention'"]),
