@@ -196,7 +196,7 @@ def classes_for(config):
             continue
         values = entry.values(own)
         with contextlib.suppress(UserError):  # what it would be read back as is a model of no kind
-            back, _ = configurator.build_configs(entry.settings({"is_encoder_decoder": False, **values}))
+            back, _ = configurator.build_configs(entry.settings(values))
             lacking[name] = differences({**own, **entry.held(own)}, resolved(back), entry.unread)
             if not lacking[name]:
                 fitting[name] = values

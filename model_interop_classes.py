@@ -12,14 +12,18 @@ from model_interop_rules import (
     CROPPED,
     HF_CLASS_REGISTRY,
     JOINED,
+    SPLIT,
     TRANSPOSED,
     Both,
     Choice,
     HFClass,
     Must,
     Same,
+    attention_scale,
     heads,
+    layer_types,
     layered_window,
+    optional_rope,
     product,
     rope,
     rows,
@@ -112,7 +116,7 @@ NANOGPT = replace(
 # ---- LLaMA and its kin -----------------------------------------------------------------------------------------------
 
 LLAMA_SETTINGS = {"normalization": "rmsnorm", "position_encoding": "rope", "bias": False}
-LLAMA_RULES = [
+LLAMA_SHAPE = [
     *EVERY_MODEL,
     Same("hidden_size", "n_embd"),
     Same("num_hidden_layers", "n_layer"),
@@ -121,8 +125,8 @@ LLAMA_RULES = [
     Same("max_position_embeddings", "block_size"),
     Same("rms_norm_eps", "norm_eps"),
     Must("attention_dropout", 0.0),
-    rope(),
 ]
+LLAMA_RULES = [*LLAMA_SHAPE, rope()]
 HEAD_DIM = Same("head_dim", "head_dim")
 GATED_FFN = [Same("intermediate_size", "ffn_hidden"), spelt_ffn("hidden_act", GATES)]
 
@@ -251,3 +255,51 @@ HF_CLASS_REGISTRY["Mamba2ForCausalLM"] = replace(
         "mamba2": rows(*MAMBA_WEIGHTS, ("mixer.dt_bias", "mixer.dt_bias"), ("mixer.norm", "mixer.norm")),
     },
 )
+
+
+# ---- hybrids ---------------------------------------------------------------------------------------------------------
+
+# IBM 2025, Granite 4 without experts: Mamba-2 and attention in any order, a SwiGLU in each block.
+HF_CLASS_REGISTRY["GraniteMoeHybridForCausalLM"] = HFClass(
+    config="GraniteMoeHybridConfig",
+    always={"normalization": "rmsnorm", "bias": False, "ffn_type": "swiglu"},
+    rules=[
+        *LLAMA_SHAPE,
+        optional_rope("position_embedding_type"),
+        layer_types("layer_types", {"linear_attention": "mamba2", "full_attention": "attention"}),
+        attention_scale("attention_multiplier", "hidden_size", "num_attention_heads"),
+        Same("shared_intermediate_size", "ffn_hidden"),
+        Must("hidden_act", "silu"),
+        Must("attention_bias", False),
+        *(Must(what, 1.0) for what in ("embedding_multiplier", "logits_scaling", "residual_multiplier")),
+        Must("num_local_experts", 0),
+        Same("mamba_d_state", "d_state"),
+        Same("mamba_d_conv", "d_conv"),
+        Same("mamba_d_head", "headdim"),
+        Same("mamba_n_groups", "ngroups"),
+        Same("mamba_chunk_size", "chunk_size"),
+        Same("mamba_conv_bias", "conv_bias"),
+        Must("mamba_proj_bias", False),
+        whole_expand("mamba_expand"),
+        heads("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+        Must("time_step_limit", (0.0, math.inf)),
+    ],
+    ignored=(
+        "intermediate_size", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef",  # of experts
+    ),
+    needs=("mamba2",),
+    unread=("activation",),
+    weights=LLAMA.weights,
+    layers="model.layers",
+    block_weights={
+        "block": LLAMA.block_weights["block"],
+        "attention": LLAMA_ATTENTION,
+        "mamba2": rows(
+            *((f"mamba.{name}", f"mixer.{name}")
+              for name in ("A_log", "D", "conv1d", "in_proj", "out_proj", "dt_bias", "norm"))
+        ),
+        "swiglu": rows(
+            ("shared_mlp.input_linear", ("ffn.gate", "ffn.up"), SPLIT), ("shared_mlp.output_linear", "ffn.down")
+        ),
+    },
+)  # fmt: skip

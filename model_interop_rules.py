@@ -89,7 +89,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Must:
-    """A feature that nanoArch has in one way only."""
+    """A feature that nanoArch has in one way only; where theirs does not say, it is that one."""
 
     theirs: str
     value: object
@@ -99,7 +99,8 @@ class Must:
         return (self.theirs,)
 
     def read(self, values):
-        theirs = tuple(values[self.theirs]) if isinstance(values[self.theirs], list) else values[self.theirs]
+        theirs = values.get(self.theirs, self.value)
+        theirs = tuple(theirs) if isinstance(theirs, list) else theirs
         if theirs != self.value:
             refuse(self.theirs, values[self.theirs], f"it must be {self.value!r}")
         return {}
@@ -196,6 +197,52 @@ def spelt_ffn(key, spelling):
     """The activation inside a gated FFN, which is the FFN's own name here."""
     choice = Choice(key, "ffn_type", spelling)
     return Both((key,), choice.read, lambda own: choice.write({"ffn_type": own["blocks"][0][1]}))
+
+
+def layer_types(key, mixers):
+    """A name per layer; `mixers` maps theirs to ours."""
+
+    def read(values):
+        for kind in values[key]:
+            if kind not in mixers:
+                refuse(key, values[key], f"a layer is one of {', '.join(mixers)}")
+        return {"block_pattern": ",".join(mixers[kind] for kind in values[key])}
+
+    def write(own):
+        kinds = {ours: theirs for theirs, ours in mixers.items()}
+        return {key: [kinds[mixer] for mixer, _ in own["blocks"]]}
+
+    return Both((key,), read, write)
+
+
+def optional_rope(key):
+    """RoPE where `key` says "rope", and no position encoding where it is None."""
+
+    def read(values):
+        if values[key] not in (None, "rope"):
+            refuse(key, values[key], "it must be None or 'rope'")
+        return (
+            {"position_encoding": "none"} if values[key] is None else {"position_encoding": "rope", **read_rope(values)}
+        )
+
+    def write(own):
+        if own["position_encoding"] == "none":
+            return {key: None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}  # nothing reads it
+        return {key: "rope", **write_rope(own)}
+
+    return Both((key, "rope_parameters"), read, write)
+
+
+def attention_scale(key, width, n_heads):
+    """What scores are multiplied by, where it is a setting: 1 / sqrt(head width)."""
+
+    def read(values):
+        wanted = (values[width] / values[n_heads]) ** -0.5
+        if not math.isclose(values[key], wanted, rel_tol=1e-6):
+            refuse(key, values[key], f"scores are divided by the root of the head width, which is {wanted}")
+        return {}
+
+    return Both((key,), read, lambda own: {key: (own["n_embd"] / own["n_head"]) ** -0.5})
 
 
 def whole_expand(key):
@@ -301,6 +348,7 @@ class HFClass:
     layers: str  # where its blocks are: 'model.layers'
     block_weights: dict  # {'block' or the name of a mixer or FFN: rows}
     ignored: tuple = ()  # keys of theirs that change no logit
+    needs: tuple = ()  # parts without which its configuration cannot be written
     unread: tuple = ()  # settings of ours that its parts never read
     stands_for: dict = field(default_factory=dict)  # {setting: {value of ours: the value it is held as}}; see `held`
 
@@ -354,8 +402,9 @@ class HFClass:
         return [row.renamed(f"{{}}{leaf}", f"{{}}{leaf}") for row in found for leaf in ("", ".weight", ".bias")]
 
     def can_hold_parts(self, config):
-        """Whether every mixer and FFN of a config is in the table."""
-        return {part for block in config.blocks() for part in block} - {"none"} <= self.block_weights.keys()
+        """Whether every mixer and FFN of a config is in the table, and those that it needs are in the config."""
+        parts = {part for block in config.blocks() for part in block} - {"none"}
+        return {*self.needs} <= parts <= self.block_weights.keys()
 
 
 # ---- our settings, comparable ----------------------------------------------------------------------------------------

@@ -27,6 +27,11 @@ LLAMA3 = {
 GPT2 = dict(vocab_size=V, n_positions=24, n_embd=16, n_layer=2, n_head=4)
 MAMBA = dict(vocab_size=V, hidden_size=16, state_size=4, num_hidden_layers=2)
 MAMBA2 = dict(MAMBA, num_heads=4, head_dim=8, n_groups=1, chunk_size=8)
+GRANITE = dict(
+    LLAMA, num_key_value_heads=2, shared_intermediate_size=24, num_local_experts=0, attention_multiplier=0.5,
+    num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"], mamba_n_heads=4,
+    mamba_d_head=8, mamba_d_state=4, mamba_chunk_size=8,
+)  # fmt: skip
 
 SHAPES = {
     "gpt2": ("GPT2LMHeadModel", GPT2),
@@ -61,6 +66,9 @@ SHAPES = {
     "mamba2-groups-tied": ("Mamba2ForCausalLM", dict(
         MAMBA2, n_groups=2, use_bias=True, use_conv_bias=False, tie_word_embeddings=True)),
     "mamba2-narrow": ("Mamba2ForCausalLM", dict(MAMBA2, hidden_size=12, expand=1, head_dim=3, conv_kernel=2)),
+    "hybrid": ("GraniteMoeHybridForCausalLM", GRANITE),
+    "hybrid-rope-tied-groups": ("GraniteMoeHybridForCausalLM", dict(
+        GRANITE, position_embedding_type="rope", mamba_n_groups=2, tie_word_embeddings=True)),
 }  # fmt: skip
 by_shape = pytest.mark.parametrize("shape", SHAPES)
 EXACT = ("GPT2LMHeadModel",)  # the others compute norms, angles or scans in float32 whatever they are given
