@@ -47,6 +47,7 @@ def import_transformers():
         raise UserError("Hugging Face models need the transformers library: pip install 'transformers>=5'") from None
     if int(transformers.__version__.split(".")[0]) < 5:
         raise UserError(f"transformers {transformers.__version__} is too old: pip install 'transformers>=5'")
+    transformers.utils.logging.disable_progress_bar()  # it would stand between the lines of a run
     return transformers
 
 
@@ -408,8 +409,7 @@ def open_nanogpt(name):
     except FileNotFoundError:
         raise UserError(f"init_from=nanogpt:{name} does not exist; give the ckpt.pt that nanoGPT wrote") from None
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(f"{path} cannot be read as a checkpoint of nanoGPT ({what})") from None
+        raise UserError(f"{path} cannot be read as a checkpoint of nanoGPT ({type(error).__name__})") from None
     tensors = {key.removeprefix(NANOGPT_PREFIX): tensor for key, tensor in tensors.items()}
     for key in [key for key in tensors if key.endswith(NANOGPT_BUFFER) and tensors[key].dim() == 4]:
         del tensors[key]
