@@ -8,7 +8,8 @@ Two forms that the tests hold to each other and to torch.nn, and `step` from a s
     recurrence='kernel'     torch's kernel (cuDNN, oneDNN); a batch of several documents goes through it in pieces
 
 These networks are sequential by nature: no chunked form exists, because the gates read the state through a matrix and a
-nonlinearity. torch.compile leaves the kernel alone, as it does with torch.nn.LSTM (unrolled, it compiles for minutes).
+nonlinearity. For torch.compile the kernel is one operator, whose backward runs the forward again (unrolled, as it would
+unroll torch.nn.LSTM, it compiles for minutes).
 """
 
 import itertools
@@ -95,28 +96,13 @@ class RecurrentMixer(Mixer):
             columns.append(states[0])
         return torch.stack(columns, dim=1), states
 
-    @torch.compiler.disable
     def pieces(self, x, states, weights, starts):
         """torch's kernel from one document boundary of the batch to the next; without documents, once."""
-        edges = [0, x.size(1)]
-        if starts is not None:
-            edges = [0, *starts[:, 1:].any(0).nonzero().flatten().add(1).tolist(), x.size(1)]
-        columns, states = [], [state[None] for state in states]  # the kernel counts layers first
-        for start, end in itertools.pairwise(edges):
-            if start:
-                states = [state.masked_fill(starts[None, :, start, None], 0.0) for state in states]
-            y, *states = self.kernel(x[:, start:end], states, weights)
-            columns.append(y)
-        y = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-        return y, [state[0] for state in states]
-
-    def kernel(self, x, states, weights):
-        """torch's kernel on x (B, T, C) from states (1, B, H): (y, states ...)."""
-        has_biases, n_layers, dropout, bidirectional, batch_first = True, 1, 0.0, False, True
-        states = tuple(states) if len(states) > 1 else states[0]
-        return self.torch_kernel()(
-            x, states, weights, has_biases, n_layers, dropout, self.training, bidirectional, batch_first
-        )
+        if torch.compiler.is_compiling():
+            y, *states = recurrent_op(self.kernel_name(), x, states, weights, starts)
+        else:
+            y, *states = run_in_pieces(self.kernel_name(), x, states, weights, starts, self.training)
+        return y, states
 
     # -- state and cost
 
@@ -132,6 +118,88 @@ class RecurrentMixer(Mixer):
 
     def state_bytes(self, T, dtype=torch.float32):
         return len(self.state_names) * self.d_hidden * dtype.itemsize
+
+
+# ---- torch's kernels, and the operator that torch.compile sees -------------------------------------------------------
+
+KERNELS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+
+
+def run_in_pieces(kernel, x, states, weights, starts, training):
+    """[y (B, T, H), *the last states (B, H)] of x (B, T, C) from `states`, which are forgotten at `starts` (B, T)."""
+    edges = [0, x.size(1)]
+    if starts is not None:
+        edges = [0, *starts[:, 1:].any(0).nonzero().flatten().add(1).tolist(), x.size(1)]
+    columns, states = [], [state[None] for state in states]  # the kernel counts layers first
+    has_biases, n_layers, dropout, bidirectional, batch_first = True, 1, 0.0, False, True
+    for start, end in itertools.pairwise(edges):
+        if start:
+            states = [state.masked_fill(starts[None, :, start, None], 0.0) for state in states]
+        before = tuple(states) if len(states) > 1 else states[0]
+        y, *states = KERNELS[kernel](
+            x[:, start:end], before, weights, has_biases, n_layers, dropout, training, bidirectional, batch_first
+        )
+        columns.append(y)
+    y = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+    return [y, *(state[0] for state in states)]
+
+
+@torch.library.custom_op("nanoarch::recurrent", mutates_args=())
+def recurrent_op(
+    kernel: str, x: torch.Tensor, states: list[torch.Tensor], weights: list[torch.Tensor], starts: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """`run_in_pieces` as one operator, which a compiler does not look into."""
+    return [fresh(y) for y in run_in_pieces(kernel, x, states, weights, starts, training=False)]
+
+
+@recurrent_op.register_fake
+def _(kernel, x, states, weights, starts):
+    y = x.new_empty(x.size(0), x.size(1), states[0].size(-1))
+    return [y, *(state.new_empty(state.shape) for state in states)]
+
+
+@torch.library.custom_op("nanoarch::recurrent_backward", mutates_args=())
+def recurrent_backward(
+    kernel: str, grads: list[torch.Tensor], x: torch.Tensor, states: list[torch.Tensor], weights: list[torch.Tensor],
+    starts: torch.Tensor | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The gradients of x, states and weights: forward once more, this time with what its backward needs."""
+
+    def forward(x, *rest):
+        states_, weights_ = list(rest[: len(states)]), list(rest[len(states) :])
+        return tuple(run_in_pieces(kernel, x, states_, weights_, starts, training=True))
+
+    with torch.backends.mkldnn.flags(enabled=False):  # torch.func cannot look into oneDNN's LSTM
+        pull_back = torch.func.vjp(forward, x, *states, *weights)[1]
+        return [fresh(grad) for grad in pull_back(tuple(grads))]
+
+
+@recurrent_backward.register_fake
+def _(kernel, grads, x, states, weights, starts):
+    return [tensor.new_empty(tensor.shape) for tensor in (x, *states, *weights)]
+
+
+def fresh(tensor):
+    """A copy of its own, laid out as its shape says: what an operator may return."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    ctx.kernel, x, states, weights, starts = inputs
+    ctx.n_states = len(states)
+    ctx.save_for_backward(x, starts, *states, *weights)
+
+
+def _backward(ctx, grads):
+    x, starts, *rest = ctx.saved_tensors
+    states, weights = rest[: ctx.n_states], rest[ctx.n_states :]
+    grad_x, *others = recurrent_backward(ctx.kernel, [grad.contiguous() for grad in grads], x, states, weights, starts)
+    return None, grad_x, others[: ctx.n_states], others[ctx.n_states :], None
+
+
+recurrent_op.register_autograd(_backward, setup_context=_save)
+
+# ---- the networks ----------------------------------------------------------------------------------------------------
 
 
 @MIXER_REGISTRY("lstm")
@@ -158,8 +226,8 @@ class LSTM(RecurrentMixer):
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c
 
-    def torch_kernel(self):
-        return torch.lstm
+    def kernel_name(self):
+        return "lstm"
 
 
 @MIXER_REGISTRY("gru")
@@ -179,8 +247,8 @@ class GRU(RecurrentMixer):
         r, z = (r + r_state).sigmoid(), (z + z_state).sigmoid()
         return ((1 - z) * (n + r * n_state).tanh() + z * h,)
 
-    def torch_kernel(self):
-        return torch.gru
+    def kernel_name(self):
+        return "gru"
 
 
 @MIXER_REGISTRY("rnn")
@@ -199,5 +267,5 @@ class RNN(RecurrentMixer):
         activation = torch.tanh if self.options.rnn_activation == "tanh" else torch.relu
         return (activation(from_input + from_state),)
 
-    def torch_kernel(self):
-        return torch.rnn_tanh if self.options.rnn_activation == "tanh" else torch.rnn_relu
+    def kernel_name(self):
+        return f"rnn_{self.options.rnn_activation}"

@@ -320,15 +320,16 @@ def check_parts(config):
     if encoding.acts_in_attention and not any(config.position_encoding in m.positions for m in mixers.values()):
         raise UserError(
             f"position_encoding='{config.position_encoding}' acts inside attention and "
-            f"block_pattern='{config.block_pattern}' has none; use 'none' or 'learned_absolute'"
+            f"block_pattern='{config.block_pattern}' has none in n_layer={config.n_layer}; "
+            "use 'none' or 'learned_absolute'"
         )
 
     for name, value in unused_options(config).items():
         readers = [mixer for mixer, part in MIXER_REGISTRY.items() if name in part.needed_options]
         if readers and value:
             raise UserError(
-                f"{name}={value} is read by '{readers[0]}' and block_pattern='{config.block_pattern}' has none; "
-                f"drop it, or put '{readers[0]}' into the pattern"
+                f"{name}={value} is read by '{readers[0]}' and block_pattern='{config.block_pattern}' has none in "
+                f"n_layer={config.n_layer}; drop it, or put '{readers[0]}' into the pattern"
             )
 
 

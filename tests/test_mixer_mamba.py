@@ -350,6 +350,8 @@ HF = {
 @pytest.mark.parametrize("recurrence", ["chunk", "recurrent"])
 @pytest.mark.parametrize("variant", HF)
 def test_it_equals_transformers_parameter_by_parameter(transformers, tiny, variant, recurrence, T):
+    if variant == "mamba2-groups" and transformers.__version__.startswith("5.20."):
+        pytest.skip("transformers 5.20, the last for Python 3.10, norms all groups of Mamba-2 together")
     build, options = HF[variant]
     theirs = build(transformers, options)
     own = {**options, "expand": float(options["expand"]), "recurrence": recurrence, "chunk_size": 5}
