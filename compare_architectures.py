@@ -35,12 +35,13 @@ def parse_arguments(argv=None):
     parser.add_argument("--latest", type=int, metavar="N", help="only the N runs that were started last")
     parser.add_argument("--runs_dir", default="runs", metavar="DIR", help="the folder that holds run folders (runs)")
     parser.add_argument("--out_dir", metavar="DIR", help="where the files go (comparisons/DATE_TIME)")
-    parser.add_argument("--sort", default="final_val_loss", metavar="COLUMN", help=f"one of {', '.join(COLUMN)}")
+    columns = f"what the objective is judged by, mostly final_val_loss; or one of {', '.join(COLUMN)}"
+    parser.add_argument("--sort", metavar="COLUMN", help=columns)
     parser.add_argument("--max_rows", type=int, default=30, metavar="N", help="rows in the terminal (30); 0 for all")
     parser.add_argument("--no_plots", action="store_true", help="leave the curves out, which is faster")
     parser.add_argument("--log_x", action="store_true", help="logarithmic x axes")
     arguments = parser.parse_args(argv)
-    if arguments.sort not in COLUMN:
+    if arguments.sort is not None and arguments.sort not in COLUMN:
         known = f"; take one of {', '.join(COLUMN)}"
         raise UserError(f"--sort={arguments.sort} is not a column{did_you_mean(arguments.sort, COLUMN) or known}")
     if arguments.latest is not None and arguments.latest < 1:

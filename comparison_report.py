@@ -107,6 +107,8 @@ COLUMNS = (
     Column("final_val_loss", "final\nloss", loss, "lower"),
     Column("best_val_loss", "best\nloss", loss, "lower"),
     Column("bits_per_byte", "bits/\nbyte", loss, "lower"),
+    Column("pseudo_perplexity", "pseudo\nperplexity", loss, "lower"),
+    Column("masked_accuracy", "masked\naccuracy", percent, "higher"),
     Column("tokens_per_second", "tokens/s", whole, "higher"),
     Column("mfu", "MFU", percent, "higher"),
     Column("peak_memory_bytes", "memory", mebibytes, "lower", max),
@@ -114,13 +116,18 @@ COLUMNS = (
     Column("hours", "hours", hours, "lower"),
 )
 COLUMN = {column.name: column for column in COLUMNS}
-LOSSES = ("final_val_loss", "best_val_loss", "bits_per_byte")
+LOSSES = ("final_val_loss", "best_val_loss", "bits_per_byte", "pseudo_perplexity")
+# Whose runs are judged by a number may be ranked by these alone of the losses: the loss of hidden tokens depends on how
+# many are hidden, and is no loss of a text.
+LOSSES_BESIDE = {"final_val_loss": LOSSES[:3], "pseudo_perplexity": ("pseudo_perplexity",)}
+OF_ONE_OBJECTIVE = ("pseudo_perplexity", "masked_accuracy")  # shown where some run has them
 # In a narrow terminal a row takes two lines, and each of these pairs is one column.
 STACKED = (
     ("parameters", "active_parameters"),
     ("tokens_processed", "flops_per_token"),
     ("final_val_loss", "best_val_loss"),
     ("bits_per_byte", "non_finite_steps"),
+    ("pseudo_perplexity", "masked_accuracy"),
     ("tokens_per_second", "mfu"),
     ("peak_memory_bytes", "hours"),
 )
@@ -128,6 +135,7 @@ WHAT = {
     "final_val_loss": "final validation loss",
     "best_val_loss": "best validation loss",
     "bits_per_byte": "bits per byte",
+    "pseudo_perplexity": "pseudo-perplexity",
 }
 
 
@@ -152,10 +160,11 @@ def name_of(configuration):
     run = configuration.runs[0]
     if not run.is_finished:
         return f"{configuration.label} ({run.status})"
-    if value_of(configuration, "final_val_loss") is None:
-        return f"{configuration.label} (no finite loss)"
+    score = score_of(configuration.runs)
+    if value_of(configuration, score) is None:
+        return f"{configuration.label} (no finite {'loss' if score == 'final_val_loss' else WHAT[score]})"
     n, n_runs = len(configuration.seeds), len(configuration.runs)
-    finite = configuration.estimate("final_val_loss").n
+    finite = configuration.estimate(score).n
     if n_runs == 1:
         return configuration.label
     if finite < n:  # the mean is over those that survived, and the reader must know
@@ -190,7 +199,12 @@ class Ranking:
     @property
     def loss_column(self):
         """The loss that differences are stated in."""
-        return self.sort if self.sort in LOSSES else "final_val_loss"
+        return self.sort if self.sort in LOSSES else score_of(self.runs)
+
+    @property
+    def columns(self):
+        """[Column, ...] of its table."""
+        return [each for each in COLUMNS if each.name not in OF_ONE_OBJECTIVE or has_any(self.runs, each.name)]
 
     def places(self):
         """[('1', best), ('2', next), ..., ('-', unranked), ...]"""
@@ -202,13 +216,34 @@ class Ranking:
         return {each: each.label if place == "-" else f"#{place}" for place, each in self.places()}
 
 
-def rank(runs, sort="final_val_loss"):
+def rank(runs, sort=None):
     """[Ranking, ...], one for each set of runs whose losses may be ranked together, the largest first.
 
-    Sorted by the final loss unless told otherwise: the best of many evaluations flatters whoever was evaluated most.
+    Sorted by what the objective is judged by unless told otherwise, mostly the final loss: the best of many evaluations
+    flatters whoever was evaluated most.
     """
-    groups = sorted(comparable_groups(runs), key=len, reverse=True)
-    return [Ranking(group, *in_order(group_configurations(group), sort), sort, audit(group)) for group in groups]
+    rankings = []
+    for group in sorted(comparable_groups(runs), key=len, reverse=True):
+        column = sort_column(group, sort)
+        rankings.append(Ranking(group, *in_order(group_configurations(group), column), column, audit(group)))
+    return rankings
+
+
+def sort_column(runs, wanted=None):
+    """The column to rank comparable runs by: the one wanted, unless it is a loss that they are not judged by."""
+    score = score_of(runs)
+    is_for_others = wanted in LOSSES and wanted not in LOSSES_BESIDE[score]
+    is_absent = wanted in OF_ONE_OBJECTIVE and not has_any(runs, wanted)
+    return score if wanted is None or is_for_others or is_absent else wanted
+
+
+def score_of(runs):
+    """The column that comparable runs are judged by."""
+    return runs[0].ranked_by if runs[0].ranked_by in LOSSES_BESIDE else "final_val_loss"
+
+
+def has_any(runs, column):
+    return any(run.values[column] is not None for run in runs)
 
 
 def in_order(configurations, sort):
@@ -416,12 +451,14 @@ def show_sections(sections, console):
 def fitting_table(ranking, console, max_rows):
     """One line for each row where the terminal is wide enough, else two, with the architecture under the name."""
     places = ranking.places()[: max_rows or None]
-    wide = terminal_table(places, [(column.name,) for column in COLUMNS])
+    shown = [column.name for column in ranking.columns]
+    wide = terminal_table(places, [(name,) for name in shown])
     if natural_width(wide, console) <= console.width:
         return wide
+    stacked = [pair for pair in STACKED if set(pair) & set(shown)]
     longest = max(len(line) for _, each in places for line in stacked_name(each).split("\n"))
-    others = natural_width(terminal_table(places, STACKED), console) - longest
-    return terminal_table(places, STACKED, name_width=max(12, console.width - others))
+    others = natural_width(terminal_table(places, stacked), console) - longest
+    return terminal_table(places, stacked, name_width=max(12, console.width - others))
 
 
 def natural_width(table, console):
@@ -429,12 +466,12 @@ def natural_width(table, console):
 
 
 def terminal_table(places, columns, name_width=10_000):
-    """A rich Table; `columns` is STACKED, or single names for one line in each row."""
+    """A rich Table; `columns` are pairs as in STACKED, or single names for one line in each row."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    is_stacked = columns is STACKED
+    is_stacked = any(len(pair) > 1 for pair in columns)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("run\n architecture" if is_stacked else "run", overflow="fold")
@@ -537,11 +574,12 @@ def markdown_sections(sections):
 
 
 def markdown_table(ranking):
-    headers = ["#", "run", "architecture", *(column.title for column in COLUMNS)]
-    lines = [row_of(headers), row_of(["--:", ":--", ":--"] + ["--:"] * len(COLUMNS))]
+    columns = ranking.columns
+    headers = ["#", "run", "architecture", *(column.title for column in columns)]
+    lines = [row_of(headers), row_of(["--:", ":--", ":--"] + ["--:"] * len(columns))]
     for place, each in ranking.places():
         first = [place, name_of(each), str(each.runs[0].values["architecture"])]
-        lines.append(row_of(escape(text) for text in [*first, *(cell(each, column.name) for column in COLUMNS)]))
+        lines.append(row_of(escape(text) for text in [*first, *(cell(each, column.name) for column in columns)]))
     return lines
 
 

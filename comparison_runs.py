@@ -30,7 +30,7 @@ BOOKKEEPING = {
     "run_name", "runs_dir", "seed", "init_from", "resume_step", "data_dir", "input", "prefetch_batches",
     "loss_chunk_elements", "kernel_backend", "max_non_finite_steps", "threads", "eval_interval", "eval_only",
     "sample_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "layer_stats_interval", "tensorboard",
-    "wandb_log", "wandb_project", "wandb_run_name", "plot",
+    "wandb_log", "wandb_project", "wandb_run_name", "plot", "pseudo_perplexity_tokens", "pseudo_perplexity_always",
 }  # fmt: skip
 # Settings that the audit compares as what they resolve to: 'auto' and 'cpu' may be the same device.
 RESOLVED = {
@@ -65,6 +65,11 @@ class Run:
     @property
     def seed(self):
         return number(self.get("training_config", "seed"))
+
+    @property
+    def ranked_by(self):
+        """The column that its objective is judged by; runs from before there was a choice have the final loss."""
+        return str(self.get("resolved", "scoring", "ranked_by", default="final_val_loss"))
 
     @property
     def is_finished(self):
@@ -175,10 +180,11 @@ def load_run(folder):
     status = str(summary.get("status") or "finished")
     run = Run(folder.name, folder, config, "unfinished" if status == "running" else status)
     run.values = table_values(run, summary)
-    if run.is_finished and run.values["final_val_loss"] is None:
+    if run.is_finished and run.values.get(run.ranked_by) is None:
         count = run.values["non_finite_steps"]
         steps = f" ({count} non-finite steps)" if count else ""
-        problems.append(f"its final validation loss is not a finite number{steps}; it is not ranked")
+        what = {"final_val_loss": "final validation loss"}.get(run.ranked_by, run.ranked_by)
+        problems.append(f"its {what} is not a finite number{steps}; it is not ranked")
     return run, problems
 
 
@@ -201,6 +207,7 @@ def table_values(run, summary):
     for name in (
         "tokens_processed", "final_val_loss", "best_val_loss", "bits_per_byte", "tokens_per_second", "mfu",
         "peak_memory_bytes", "non_finite_steps", "train_seconds", "eval_seconds", "total_flops", "steps",
+        "pseudo_perplexity", "masked_accuracy",
     ):  # fmt: skip
         values[name] = number(summary.get(name))
     return values
@@ -268,6 +275,8 @@ def summary_from_metrics(rows):
         "final_val_loss": last("eval", "val_loss"),
         "best_val_loss": min(present("eval", "val_loss"), default=None),
         "bits_per_byte": last("eval", "bits_per_byte"),
+        "pseudo_perplexity": last("eval", "pseudo_perplexity"),
+        "masked_accuracy": last("eval", "masked_accuracy"),
         "tokens_processed": last_row.get("tokens_processed"),
         "train_seconds": last_row.get("train_seconds"),
         "tokens_per_second": median("tokens_per_second"),
@@ -437,6 +446,12 @@ def precision(run):
     return f"{dtype} (TF32)" if dtype == "float32" and run.get("resolved", "tf32") is True else dtype
 
 
+def scored_by(run):
+    """'final_val_loss', or 'pseudo_perplexity of 1024 tokens' where a score is not of the whole evaluation set."""
+    n = run.get("resolved", "scoring", "tokens")
+    return run.ranked_by if n is None else f"{run.ranked_by} of {n} tokens"
+
+
 def short(value, length=10):
     return None if value is None else str(value)[:length]
 
@@ -448,6 +463,7 @@ CHECKS = (
           lambda run: short(run.get("dataset", "evaluation_hash"))),
     Check("objective", "voids", "the losses measure different tasks",
           lambda run: run.get("training_config", "objective")),
+    Check("score", "voids", "judged by different numbers", scored_by),
     Check("tokens", "warns", "more training, lower loss: not the same budget",
           lambda run: run.values.get("tokens_processed")),
     Check("tokens per step", "warns", "a different batch: fewer or more updates for the same tokens",

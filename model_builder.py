@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mixer_attention import MIXER_REGISTRY, Mixer
-from model_components import FFN_REGISTRY, NORM_REGISTRY, POSITION_ENCODING_REGISTRY, Norm
+from model_components import ACTIVATION_REGISTRY, FFN_REGISTRY, NORM_REGISTRY, POSITION_ENCODING_REGISTRY, Norm
 from model_config import GPT2_VOCAB_SIZE
 from registry import options_of
 from user_errors import UserError
@@ -163,6 +163,19 @@ class ResidualScale(nn.Module):
         return y * (self.value if self.kind == "depth" else self.gain)
 
 
+class HeadTransform(nn.Module):
+    """norm(activation(dense(x))) between the last block and the output head, as in BERT's released code. (..., C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.norm = NORM_REGISTRY[config.normalization](config.n_embd, config)
+        self.activation = ACTIVATION_REGISTRY[config.activation]
+
+    def forward(self, x):
+        return self.norm(self.activation(self.dense(x)))
+
+
 class ConfigurableGPT(nn.Module):
     """Token embedding, blocks, final norm, output head.
 
@@ -182,9 +195,12 @@ class ConfigurableGPT(nn.Module):
         encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding = encoding(config) if encoding.adds_to_embedding else None
+        norm = NORM_REGISTRY[config.normalization]
+        self.embedding_norm = norm(config.n_embd, config) if config.embedding_norm else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.final_norm = NORM_REGISTRY[config.normalization](config.n_embd, config) if self._needs_final_norm else None
-        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.final_norm = norm(config.n_embd, config) if self._needs_final_norm else None
+        self.head_transform = HeadTransform(config) if config.head_transform else None
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=config.head_transform)
         initialise(self, seed)
 
     @property
@@ -196,8 +212,8 @@ class ConfigurableGPT(nn.Module):
         for block in self.blocks:
             block.mixer.check_device(device)
 
-    def hidden_states(self, idx, positions=None, document_ids=None):
-        """idx (B, T) -> (B, T, C), what the head reads."""
+    def hidden_states(self, idx, positions=None, document_ids=None, places=None):
+        """idx (B, T) -> (B, T, C), what the head reads; with places (B, K) int64 into T, only there: (B, K, C)."""
         if self.position_embedding is not None and idx.size(1) > self.config.block_size:
             raise UserError(
                 f"{idx.size(1)} tokens do not fit position_encoding='{self.config.position_encoding}' of "
@@ -206,13 +222,19 @@ class ConfigurableGPT(nn.Module):
         x = self._embed(idx, positions)
         for block in self.blocks:
             x = block(x, positions, document_ids)
-        return x if self.final_norm is None else self.final_norm(x)
+        return self._before_head(x if places is None else x.take_along_dim(places[:, :, None], dim=1))
+
+    def _before_head(self, x):
+        """(..., C) of the last block -> (..., C), what the head reads."""
+        x = x if self.final_norm is None else self.final_norm(x)
+        return x if self.head_transform is None else self.head_transform(x)
 
     def _embed(self, idx, positions):
         x = self.token_embedding(idx)  # (B, T, C)
         if self.position_embedding is not None:
             positions = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
             x = x + self.position_embedding.embed(positions)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
     def logits(self, hidden):
@@ -234,20 +256,29 @@ class ConfigurableGPT(nn.Module):
     # -- one token at a time
 
     def init_state(self, batch, device=None, dtype=None):
-        """The state before the first token: one entry per block, and how many tokens it has seen."""
+        """The state before the first token: one entry per block, and how many tokens it has seen.
+
+        Raises:
+            UserError: a model that is not causal, here as in `step` and `generate`.
+        """
+        self._require_causal()
         device = device or self.head.weight.device
         dtype = dtype or self.head.weight.dtype
         return {"length": 0, "blocks": [block.mixer.init_state(batch, device, dtype) for block in self.blocks]}
 
     def step(self, idx, state):
         """idx (B, S), the next tokens -> (logits (B, S, V), state)."""
+        self._require_causal()
         new = torch.arange(state["length"], state["length"] + idx.size(1), device=idx.device)
         x, states = self._embed(idx, new), []
         for block, before in zip(self.blocks, state["blocks"], strict=True):
             x, after = block.step(x, before)
             states.append(after)
-        x = x if self.final_norm is None else self.final_norm(x)
-        return self.logits(x), {"length": state["length"] + idx.size(1), "blocks": states}
+        return self.logits(self._before_head(x)), {"length": state["length"] + idx.size(1), "blocks": states}
+
+    def _require_causal(self):
+        if not self.config.causal:
+            raise UserError("causal=False lets a token see those after it, so no text can be written token by token")
 
     def context_limit(self):
         """Tokens that generation may look back on: block_size, or None when every block's state has one size."""
@@ -262,6 +293,7 @@ class ConfigurableGPT(nn.Module):
         When the context is full, its older half is forgotten and the rest read again, with a cache or without, so that
         both give the same tokens. temperature=0 takes the likeliest token.
         """
+        self._require_causal()
         was_training = self.training
         self.eval()
         limit = self.context_limit()
@@ -316,7 +348,10 @@ def check_parts(config):
         FFN_REGISTRY[ffn]
     for name, mixer in mixers.items():
         if not config.causal and not mixer.bidirectional:
-            raise UserError(f"causal=False cannot be honoured by '{name}' in block_pattern='{config.block_pattern}'")
+            raise UserError(
+                f"causal=False cannot be honoured by '{name}' in block_pattern='{config.block_pattern}', which reads "
+                "from left to right; use causal=True, or block_pattern='attention'"
+            )
     if encoding.acts_in_attention and not any(config.position_encoding in m.positions for m in mixers.values()):
         raise UserError(
             f"position_encoding='{config.position_encoding}' acts inside attention and "
@@ -359,7 +394,7 @@ class ParameterSpec:
 
     name: str  # in model.named_parameters()
     shape: tuple
-    group: str  # token embedding, position embedding, mixer, ffn, norm or head: for the ledger
+    group: str  # token embedding, position embedding, mixer, ffn, norm, head transform or head: for the ledger
     init: str  # normal, residual, zeros, ones, or own: the part does it
     weight_decay: bool
     is_matrix: bool  # a linear weight inside a block: what Muon takes

@@ -14,18 +14,24 @@ from types import SimpleNamespace
 from registry import ALL_REGISTRIES, options_from_json, options_of, registered_options
 from user_errors import UserError, did_you_mean
 
-# A preset fixes the nine options and the mixer, and may bring other settings and options of parts along. A later preset
-# replaces an earlier one entirely: what only the earlier one brought goes back to its default.
+# A preset fixes the nine options, the mixer and causal, and may bring other settings and options of parts along. A
+# later preset replaces an earlier one entirely: what only the earlier one brought goes back to its default.
 _GPT2 = dict(
     block_pattern="attention",
     normalization="layernorm", activation="gelu", position_encoding="learned_absolute", attention_backend="sdpa",
     norm_position="pre", ffn_type="standard", bias=True, weight_tying=True, dropout=0.0,
+    causal=True,
 )  # fmt: skip
 _LLAMA = dict(
     block_pattern="attention",
     normalization="rmsnorm", activation="silu", position_encoding="rope", attention_backend="sdpa",
     norm_position="pre", ffn_type="swiglu", bias=False, weight_tying=False, dropout=0.0,
+    causal=True,
 )  # fmt: skip
+_BERT = {
+    **_GPT2, "causal": False, "norm_position": "post", "embedding_norm": True, "head_transform": True, "dropout": 0.1,
+    "norm_eps": 1e-12,
+}  # fmt: skip
 # No FFN: the mixer has the gate. LLaMA's are there for a block_pattern that wants some.
 _MAMBA = {**_LLAMA, "block_pattern": "mamba/none", "position_encoding": "none", "weight_tying": True}
 PRESETS = {
@@ -54,6 +60,7 @@ PRESETS = {
         "norm_eps": 1e-6,
     },  # OLMo team 2024
     "residual_scaling": {**_LLAMA, "residual_scaling": "depth"},  # Yang et al. 2023: branches shrink with depth
+    "bert": _BERT,  # Devlin et al. 2018: an encoder, for objective=masked_lm
     # -- linear attention and its kin
     "linear_attention": {**_GPT2, "block_pattern": "linear_attention"},  # Katharopoulos et al. 2020, in a GPT-2
     "retention": {**_LLAMA, "block_pattern": "retention", "ffn_multiplier": 4 / 3},  # Sun et al. 2023: xPos
@@ -126,6 +133,8 @@ class ModelArchitectureConfig:
     parallel_blocks: bool = False  # mixer and FFN read the same norm and are added together (PaLM)
     residual_scaling: str = "none"  # none, depth: branches / sqrt(2 n_layer), learned: a gain per channel (LayerScale)
     causal: bool = True  # a token sees only the tokens before it
+    embedding_norm: bool = False  # a norm after the embeddings (BERT, BLOOM)
+    head_transform: bool = False  # BERT's head: dense, activation and norm before it, and a bias on its output
 
     # -- numbers
     norm_eps: float = 1e-5  # added to the variance
@@ -185,6 +194,7 @@ class ModelArchitectureConfig:
         activations = [self.activation if ffn == "standard" else ffn for ffn in ffns]
         words += ["+".join("NoFFN" if name == "none" else _LABELS.get(name, name) for name in activations)]
         words += [_LABELS.get(self.norm_position, self.norm_position)]
+        words += [] if self.causal else ["Bidirectional"]
         return "-".join(words)
 
     def summary(self):

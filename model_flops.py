@@ -84,18 +84,26 @@ class FlopsPerToken:
                 "mixing": self.mixing, "convention": CONVENTION}  # fmt: skip
 
 
-def flops_per_token(model, context=None):
-    """FlopsPerToken of a model (on any device, meta included) at `context` tokens; None is its block_size."""
+AFTER_THE_BLOCKS = ("final_norm", "head_transform", "head")
+
+
+def flops_per_token(model, context=None, head_fraction=1.0):
+    """FlopsPerToken of a model (on any device, meta included) at `context` tokens; None is its block_size.
+
+    Args:
+        head_fraction: the share of tokens that go on to the output head; an objective may need fewer than all.
+    """
     context = context or model.config.block_size
     linear, vectors = {}, 0.0
     for path, module in model.named_modules():
         fraction = _active_fraction(model, f"{path}.weight")
+        fraction *= head_fraction if path.split(".")[0] in AFTER_THE_BLOCKS else 1.0
         if isinstance(module, nn.Linear):
             group = path.split(".")[2] if path.startswith("blocks.") else path
             linear[group] = linear.get(group, 0.0) + 2 * module.in_features * module.out_features * fraction
             vectors += 2 * module.out_features * fraction if module.bias is not None else 0
         elif isinstance(module, (Norm, ResidualScale)):
-            vectors += 2 * sum(parameter.numel() for parameter in module.parameters())
+            vectors += 2 * sum(parameter.numel() for parameter in module.parameters()) * fraction
     mixing = {}
     for (name, _), block in zip(model.config.blocks(), model.blocks, strict=True):
         mixing[name] = mixing.get(name, 0.0) + block.mixer.mixing_flops(context)

@@ -27,6 +27,12 @@ def main(arguments):
     args = parse(arguments)
     folder = Path(args.runs_dir) / args.run_name
     settings = configurator.load_run(folder)
+    if not settings.model.causal:
+        raise UserError(
+            f"run '{folder.name}' has causal=False and objective='{settings.train.objective}': it fills gaps and "
+            "cannot write on from a prompt; score it with "
+            f"train.py --init_from=resume --run_name={folder.name} --eval_only"
+        )
     saved_at = checkpoint.find_checkpoint(folder, args.step)
     checkpoint.read_metadata(saved_at)
     place = find_place(settings.train.replace(device=args.device, dtype="auto"))

@@ -61,8 +61,9 @@ def train(arguments, closing):
     # ---- data: the same tokens in the same order for every architecture ----------------------------------------------
     check_split(config.sequences_per_step, config.batch_size, place.world_size)
     dataset = load_dataset(config, may_prepare=place.local_rank == 0, quiet=not place.is_main)
-    settings = configurator.with_vocabulary(settings, dataset.vocab_size)
-    dataset.check_vocab(settings.model.vocab_size)
+    extra_tokens = OBJECTIVE_REGISTRY[config.objective].extra_tokens(config)
+    settings = configurator.with_vocabulary(settings, dataset.vocab_size + extra_tokens)
+    dataset.check_vocab(settings.model.vocab_size, extra_tokens)
     block_size = settings.model.block_size
     stream = BatchStream(dataset, block_size, config.sequences_per_step, config.seed)
     validation = ValidationSet(dataset, block_size, windows_of(config.eval_iters, block_size))
@@ -72,12 +73,12 @@ def train(arguments, closing):
     model = ConfigurableGPT(settings.model, config.seed)
     first_weights.fill(model)
     plan = parameter_plan(model)
-    flops = flops_per_token(model)
+    objective = OBJECTIVE_REGISTRY[config.objective](model, config)
+    flops = flops_per_token(model, head_fraction=objective.head_fraction)
     ledger = Ledger(stream.tokens_per_step, flops.training, stream.initial_hash)
     model.check_device(place.device)
     model.to(place.device)
     chosen_kernels = kernels.choose(model, place.device, config.kernel_backend)
-    objective = OBJECTIVE_REGISTRY[config.objective](model, config)
     optimizers = OPTIMIZER_REGISTRY[config.optimizer](plan, dict(model.named_parameters()), config, place.device)
     schedule = build_schedule(config, total_steps)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == "float16")
@@ -103,7 +104,8 @@ def train(arguments, closing):
     # ---- compile, then distribute ------------------------------------------------------------------------------------
     module, compiled = objective, "off"
     if parallel.wants_compile(config, place):
-        module, compiled = parallel.compile_module(objective, stream.batches(0, 0, 1, config.batch_size)[0], place)
+        example = objective.prepare(stream.batches(0, 0, 1, config.batch_size)[0], config.seed)
+        module, compiled = parallel.compile_module(objective, example, place)
     module = parallel.wrap(module, place)
 
     # ---- say what is about to happen ---------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def train(arguments, closing):
     resolved = {
         "device": str(place.device), "device_name": place.device_name(), "world_size": place.world_size,
         "dtype": place.dtype, "tf32": place.tf32, "compile": compiled, "threads": torch.get_num_threads(),
-        "kernels": chosen_kernels, "max_iters": total_steps,
+        "kernels": chosen_kernels, "max_iters": total_steps, "scoring": objective.scoring(),
         "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second,
         "peak_source": peak.source,
     }  # fmt: skip
@@ -152,8 +154,8 @@ def train(arguments, closing):
 
     def evaluate():
         """Score the fixed validation windows and keep the result."""
-        t0 = time.perf_counter()
-        scores = validation_scores(objective, validation, config.batch_size, place)
+        t0, is_final = time.perf_counter(), config.eval_only or ledger.step == total_steps
+        scores = validation_scores(objective, validation, config.batch_size, place, is_final)
         seconds = time.perf_counter() - t0
         ledger.eval_seconds += seconds
         row = {"kind": "eval", "step": ledger.step, "tokens_processed": ledger.tokens_processed, **scores,
@@ -177,7 +179,7 @@ def train(arguments, closing):
             evaluate()  # the run stopped between saving and evaluating
     loader = closing.enter_context(Prefetcher(
         stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches, place.rank, place.world_size,
-        place.device,
+        place.device, prepare=lambda batch: objective.prepare(batch, config.seed),
     ))  # fmt: skip
     stop = closing.enter_context(checkpoint.StopSignals())
     in_a_row = 0

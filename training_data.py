@@ -88,12 +88,17 @@ class Dataset:
     def tokenizer(self):
         return tokenizer_of(self.meta)
 
-    def check_vocab(self, vocab_size):
-        """Refuse a model with fewer tokens than the dataset; more is fine, as a padded vocabulary has."""
-        if vocab_size < self.vocab_size:
+    def check_vocab(self, vocab_size, extra_tokens=0):
+        """Refuse a model with fewer tokens than the dataset; more is fine, as a padded vocabulary has.
+
+        Args:
+            extra_tokens: ids that the objective needs beside the dataset's.
+        """
+        if vocab_size < self.vocab_size + extra_tokens:
+            beside = f" and the objective needs {extra_tokens} more" if extra_tokens else ""
             raise UserError(
-                f"vocab_size={vocab_size} is too small for {self.folder}, whose tokens go up to {self.vocab_size - 1}; "
-                f"set vocab_size={self.vocab_size}, or use the dataset that the model was made for"
+                f"vocab_size={vocab_size} is too small for {self.folder}, whose tokens go up to {self.vocab_size - 1}"
+                f"{beside}; set vocab_size={self.vocab_size + extra_tokens}, or use the dataset the model was made for"
             )
 
     def summary(self):
@@ -220,20 +225,27 @@ class BatchStream:
         return starts.reshape(self.steps_per_block, self.sequences_per_step)
 
     def batches(self, step, rank=0, world_size=1, micro_batch_size=None):
-        """The micro-batches of one rank: a list of {'inputs', 'targets'}, int64 tensors (B, T).
+        """The micro-batches of one rank: a list of {'inputs', 'targets', 'window'}, int64 (B, T), (B, T) and (B,).
 
-        Micro-batch m of the job is rows m*B to (m+1)*B; rank r takes m = r, r + world_size, ... The rows of all ranks
-        together are the same however they are split.
+        'window' is each row's number in the stream, from the first step on. Micro-batch m of the job is rows m*B to
+        (m+1)*B; rank r takes m = r, r + world_size, ... The rows of all ranks together are the same however they are
+        split.
         """
         B = micro_batch_size or self.sequences_per_step // world_size
         check_split(self.sequences_per_step, B, world_size)
         starts = self.window_starts(step).reshape(-1, B)[rank::world_size]  # (micro-batches of this rank, B)
-        return [window_batch(self.tokens, rows, self.block_size) for rows in starts]
+        n = self.sequences_per_step
+        windows = np.arange(step * n, (step + 1) * n, dtype=np.int64).reshape(-1, B)[rank::world_size]
+        return [
+            {**window_batch(self.tokens, rows, self.block_size), "window": torch.from_numpy(numbers)}
+            for rows, numbers in zip(starts, windows, strict=True)
+        ]
 
     def example_batch(self, batch_size, device="cpu"):
         """A micro-batch of the shape and type of every other: what a compiler needs to see."""
-        starts = np.zeros(batch_size, dtype=np.int64)
-        return on_device(window_batch(self.tokens, starts, self.block_size), device)
+        zeros = np.zeros(batch_size, dtype=np.int64)
+        batch = {**window_batch(self.tokens, zeros, self.block_size), "window": torch.from_numpy(zeros)}
+        return on_device(batch, device)
 
     def hash_after(self, step, previous=None):
         """The running hash once this step is taken: `previous` is that of the step before, None at the first.
@@ -317,7 +329,7 @@ class ValidationSet:
         return sum(self.target_bytes(batch["targets"]) for batch in self.batches(batch_size=min(256, len(self))))
 
     def batches(self, batch_size, rank=0, world_size=1, device="cpu"):
-        """Yield this rank's {'inputs', 'targets'}; every window is in exactly one batch of one rank.
+        """Yield this rank's {'inputs', 'targets', 'window'}; every window is in exactly one batch of one rank.
 
         All ranks yield equally many batches of one shape, which sharded models need (and compiled ones like). Rows that
         fill the last ones up have IGNORE_INDEX as targets, so carry sums and counts and divide once at the end.
@@ -325,12 +337,15 @@ class ValidationSet:
         n_batches = -(-len(self) // (batch_size * world_size))
         for i in range(n_batches):
             first = (i * world_size + rank) * batch_size
-            starts = self.starts[first : first + batch_size]
-            n_filler = batch_size - len(starts)
-            starts = np.concatenate([starts, np.repeat(self.starts[:1], n_filler)])
-            batch = window_batch(self.dataset.val, starts, self.block_size)
-            batch["targets"][batch_size - n_filler :] = IGNORE_INDEX
+            windows = np.arange(first, first + batch_size, dtype=np.int64)
+            batch = self.windows_at(np.where(windows < len(self), windows, 0))
+            batch["targets"][max(0, len(self) - first) :] = IGNORE_INDEX
             yield on_device(batch, device)
+
+    def windows_at(self, windows):
+        """{'inputs', 'targets', 'window'} of the windows with these numbers, (B,) int64."""
+        batch = window_batch(self.dataset.val, self.starts[windows], self.block_size)
+        return {**batch, "window": torch.from_numpy(windows)}
 
     def target_bytes(self, targets):
         """Bytes of text behind supervised targets (a tensor on any device); NaN where that is unknown.
@@ -359,12 +374,14 @@ class Prefetcher:
         start_step, end_step: the steps to read; end_step None goes on for ever.
         depth: steps read ahead; 0 reads when asked.
         device: batches for CUDA are pinned by the thread, so that copying them there does not wait.
+        prepare: applied to every micro-batch, by the thread; None leaves them as they are.
     """
 
     def __init__(
-        self, stream, start_step=0, end_step=None, micro_batch_size=None, depth=2, rank=0, world_size=1, device="cpu"
-    ):
-        self.stream, self.step, self.end_step = stream, start_step, end_step
+        self, stream, start_step=0, end_step=None, micro_batch_size=None, depth=2, rank=0, world_size=1, device="cpu",
+        prepare=None,
+    ):  # fmt: skip
+        self.stream, self.step, self.end_step, self.prepare = stream, start_step, end_step, prepare
         self.split = (rank, world_size, micro_batch_size)
         self.device = torch.device(device)
         self.ready, self.stopped, self.thread = queue.Queue(maxsize=max(depth, 1)), threading.Event(), None
@@ -386,6 +403,7 @@ class Prefetcher:
 
     def read(self, step):
         batches = self.stream.batches(step, *self.split)
+        batches = batches if self.prepare is None else [self.prepare(batch) for batch in batches]
         if self.device.type == "cuda":
             batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
         return batches

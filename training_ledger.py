@@ -7,6 +7,16 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
+# Every evaluation's row has these; what else is in it are scores of the objective's own, such as masked_accuracy.
+EVALUATION_FIELDS = (
+    "kind", "step", "tokens_processed", "val_loss", "perplexity", "bits_per_byte", "train_seconds", "flops", "seconds",
+)  # fmt: skip
+
+
+def own_scores(evaluation):
+    """{name: number} of an evaluation's row that the objective adds to the scores of a language model."""
+    return {name: value for name, value in evaluation.items() if name not in EVALUATION_FIELDS}
+
 
 @dataclass
 class Ledger:
@@ -65,6 +75,7 @@ class Ledger:
             "best_val_loss": self.best().get("val_loss"),
             "best_step": self.best().get("step"),
             "bits_per_byte": last.get("bits_per_byte"),
+            **own_scores(last),
             "tokens_processed": self.tokens_processed,
             "tokens_supervised": self.tokens_supervised,
             "stream_hash": self.stream_hash,

@@ -21,6 +21,7 @@ import torch
 from configurator import save_sources
 from model_flops import active_parameters, mfu, parameters_by_group
 from training_checkpoint import write_atomically, write_json
+from training_ledger import own_scores
 from training_parallel import peak_memory_bytes
 from training_report import human_count, human_seconds, printable
 from training_tokenizers import TOKENIZER_FILE
@@ -129,11 +130,12 @@ class ConsoleLogger(SilentLogger):
 
     def evaluation(self, row, is_best):
         """Show an evaluation row."""
-        bits = "" if row["bits_per_byte"] is None else f"  {row['bits_per_byte']:.4f} bits/byte"
+        scores = "" if row["perplexity"] is None else f"  perplexity {row['perplexity']:.2f}"
+        scores += "" if row["bits_per_byte"] is None else f"  {row['bits_per_byte']:.4f} bits/byte"
+        scores += "".join(f"  {name} {value:.4f}" for name, value in own_scores(row).items())
         mark = "  best so far" if is_best else ""
         self.say(
-            f"{self._step(row)}  val {row['val_loss']:.4f}  perplexity {row['perplexity']:.2f}{bits}"
-            f"  {human_count(row['tokens_processed'])} tokens{mark}"
+            f"{self._step(row)}  val {row['val_loss']:.4f}{scores}  {human_count(row['tokens_processed'])} tokens{mark}"
         )
 
     def _step(self, row):
@@ -192,6 +194,8 @@ class RunLogger(ConsoleLogger):
 
     def sample(self, model, dataset, n_tokens, seed):
         """Print text that the model writes after the first words of the validation split, and keep it."""
+        if not model.config.causal:
+            return self.say("no sample: with causal=False a model fills gaps, and writes no text from left to right")
         if dataset.meta["tokenizer"]["name"] is None:
             return self.say("no sample: the dataset's tokenizer is unknown")
         prompt = torch.from_numpy(dataset.val[:16].astype("int64"))[None].to(model.head.weight.device)

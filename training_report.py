@@ -49,6 +49,9 @@ def architecture_tree(model, flops):
     rows = [("", f"token embedding  {_shape(model.token_embedding.weight)}", _parameters(model.token_embedding), 0)]
     if model.position_embedding is not None:
         rows.append(("", f"position embedding  {config.position_encoding}", _parameters(model.position_embedding), 0))
+    if model.embedding_norm is not None:
+        norms = _parameters(model.embedding_norm)
+        rows.append(("", f"embedding {config.normalization}", norms, 2 * norms))
     kinds = list(dict.fromkeys(config.blocks()))
     for kind in kinds:
         layers = [layer for layer, other in enumerate(config.blocks()) if other == kind]
@@ -64,12 +67,15 @@ def architecture_tree(model, flops):
             rows.append(("│  ", label, _parameters(block.ffn), _flops(block.ffn, config)))
         norms = _parameters(block) - _parameters(block.mixer) - (_parameters(block.ffn) if block.ffn is not None else 0)
         rows.append(("│  ", f"{config.normalization}, {config.norm_position}-norm", norms, 2 * norms))
-    if model.final_norm is not None:
-        norms = _parameters(model.final_norm)
-        rows.append(("", f"final {config.normalization}", norms, 2 * norms))
-    head = model.head.weight
-    rows.append(("", "head" + ("  tied to the embedding" if config.weight_tying else f"  {_shape(head)}"),
-                 0 if config.weight_tying else head.numel(), 2 * head.numel()))  # fmt: skip
+    head, bias = model.head.weight, 0 if model.head.bias is None else model.head.bias.numel()
+    fraction = flops.linear["head"] / (2 * head.numel())  # of the tokens
+    for label, part in ((f"final {config.normalization}", model.final_norm), ("head transform", model.head_transform)):
+        if part is not None:
+            rows.append(("", label, _parameters(part), 2 * _parameters(part) * fraction))
+    label = "head" + ("  tied to the embedding" if config.weight_tying else f"  {_shape(head)}")
+    label += f", at {100 * fraction:.3g}% of the tokens" if fraction < 1 else ""
+    own = bias if config.weight_tying else bias + head.numel()
+    rows.append(("", label, own, 2 * (head.numel() + bias) * fraction))
     lines = [f"{'':<52}{'parameters':>14}{'FLOPs/token':>14}"]
     for index, (indent, label, parameters, cost) in enumerate(rows):
         last = index + 1 == len(rows) or (indent and not rows[index + 1][0])
@@ -113,7 +119,8 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
         ("model", model.config.architecture_name()),
         ("FLOPs/token", f"{human_count(flops.training)} for training at {flops.context} tokens"),
         ("", CONVENTION),
-        ("state", f"{human_bytes(state_bytes(model, block_size))} to generate at {block_size} tokens"),
+        ("state", f"{human_bytes(state_bytes(model, block_size))} to generate at {block_size} tokens"
+                  if model.config.causal else "none: causal=False does not generate"),
         ("dataset", f"{dataset.name}: {human_count(train_tokens)} training, {human_count(val_tokens)} validation "
                     f"tokens, {dataset.tokenizer_name}, vocabulary {dataset.vocab_size:,}"),
         ("step", f"{tokens_per_step:,} tokens: {config.batch_size} x {block_size}"

@@ -10,6 +10,7 @@ from comparison_helpers import make_run
 from comparison_plots import draw_curves, legend_label, loss_limits
 from comparison_report import (
     COLUMNS,
+    OF_ONE_OBJECTIVE,
     ONE_SEED,
     component_effects,
     count,
@@ -182,7 +183,7 @@ def test_incomparable_runs_are_ranked_apart_and_it_says_why(tmp_path):
 def test_what_was_equal_stands_before_the_table(tmp_path):
     two_runs(tmp_path)
     text = shown(ranked(tmp_path), width=220)
-    assert text.index("dataset, tokenizer, evaluation set, objective, tokens") < text.index("1  llama")
+    assert text.index("dataset, tokenizer, evaluation set, objective, score, tokens") < text.index("1  llama")
     assert "batch stream of each seed" in text
     assert "Careful" not in text
 
@@ -282,7 +283,7 @@ def test_markdown_holds_the_table_the_words_and_the_pictures(tmp_path):
     assert "![validation loss](validation_loss.png)" in text
     assert "normalization: layernorm -> rmsnorm" in text
     table = [line for line in text.replace("\\|", "").splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in table} == {len(COLUMNS) + 4}
+    assert {line.count("|") for line in table} == {len(COLUMNS) - len(OF_ONE_OBJECTIVE) + 4}
 
 
 def test_escape():

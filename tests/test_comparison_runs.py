@@ -203,6 +203,7 @@ AUDIT_CASES = [
     ("tokenizer", "voids", {"dataset__vocab_size": 512}),
     ("evaluation set", "voids", {"dataset__evaluation_hash": "other"}),
     ("objective", "voids", {"objective": "masked_lm"}),
+    ("score", "voids", {"resolved__scoring": {"ranked_by": "pseudo_perplexity", "tokens": 1024}}),
     ("tokens per step", "warns", {"resolved__tokens_per_step": 1536}),
     ("block_size", "warns", {"block_size": 128}),
     ("precision", "warns", {"resolved__dtype": "bfloat16"}),

@@ -20,7 +20,7 @@ from model_components import (
     POSITION_ENCODING_REGISTRY,
     Norm,
 )
-from model_config import PRESETS
+from model_config import PRESETS, ModelArchitectureConfig
 from model_flops import active_parameters, flops_per_token, parameters_by_group, state_bytes
 from model_helpers import backends_that_train_on_cpu, scrambled
 from registry import options_of
@@ -69,6 +69,8 @@ VARIANTS |= {
 }
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+BOTH_WAYS = {name for name, changes in VARIANTS.items() if not ModelArchitectureConfig(**changes).causal}
+every_causal_variant = pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in BOTH_WAYS])
 
 
 @pytest.fixture
@@ -76,7 +78,8 @@ def build(tiny):
     """A model of a variant, 3 layers so that a pattern shows; its weights random and large unless told otherwise."""
 
     def model(variant, fresh=False, dtype=torch.float32, **changes):
-        model = ConfigurableGPT(tiny(**{"n_layer": 3, "vocab_size": V, **VARIANTS[variant], **changes})).to(dtype)
+        size = {"n_layer": 3, "vocab_size": V, "dropout": 0.0}
+        model = ConfigurableGPT(tiny(**{**size, **VARIANTS[variant], **changes})).to(dtype)
         return model if fresh else scrambled(model)
 
     return model
@@ -108,7 +111,7 @@ def test_shapes_and_finite_gradients_to_every_parameter(build, variant):
     assert model(idx[:, :1])[0].isfinite().all()
 
 
-@every_variant
+@every_causal_variant
 def test_causality_bit_for_bit(build, variant):
     model, idx = build(variant), tokens()
     with torch.no_grad():
@@ -121,7 +124,7 @@ def test_causality_bit_for_bit(build, variant):
             assert not torch.equal(after[:, t], before[:, t])
 
 
-@every_variant
+@every_causal_variant
 def test_the_gradient_reaches_no_later_token(build, variant):
     model, idx = build(variant), tokens(1)
     x = model._embed(idx, None).detach().requires_grad_()
@@ -150,7 +153,19 @@ def test_a_mixer_that_cannot_run_both_ways_is_refused(tiny):
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 
-@every_variant
+@pytest.mark.parametrize("variant", sorted(BOTH_WAYS))
+def test_a_model_that_is_not_causal_refuses_to_write(build, variant):
+    model, idx = build(variant), tokens()
+    changed = idx.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % V
+    assert not torch.equal(model(changed)[0][:, 0], model(idx)[0][:, 0])
+    state = {"length": 0, "blocks": [{}] * 3}
+    for write in (lambda: model.init_state(B), lambda: model.step(idx, state), lambda: model.generate(idx, 1)):
+        with pytest.raises(UserError, match="causal=False"):
+            write()
+
+
+@every_causal_variant
 def test_step_equals_forward_column_by_column(build, variant):
     model, idx = build(variant, dtype=torch.float64), tokens()
     with torch.no_grad():
@@ -160,7 +175,7 @@ def test_step_equals_forward_column_by_column(build, variant):
             torch.testing.assert_close(logits[:, 0], wanted[:, t], **EXACT)
 
 
-@every_variant
+@every_causal_variant
 def test_steps_of_several_tokens_equal_forward(build, variant):
     model, idx = build(variant, dtype=torch.float64), tokens()
     with torch.no_grad():
@@ -171,7 +186,7 @@ def test_steps_of_several_tokens_equal_forward(build, variant):
         torch.testing.assert_close(torch.cat(columns, dim=1), model(idx)[0], **EXACT)
 
 
-@every_variant
+@every_causal_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_declared_state_is_the_tensors_kept(build, variant, dtype):
     model = build(variant, dtype=dtype, block_size=32)
@@ -284,7 +299,7 @@ def test_a_window_costs_what_it_is(build):
 
 # ---- the parameter plan ---------------------------------------------------------------------------------------------
 
-GROUPS = {"token embedding", "position embedding", "mixer", "ffn", "norm", "head"}
+GROUPS = {"token embedding", "position embedding", "mixer", "ffn", "norm", "head transform", "head"}
 
 
 @every_variant

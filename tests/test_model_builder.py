@@ -20,6 +20,8 @@ from model_builder import (
 from model_components import POSITION_ENCODING_REGISTRY, ALiBi, LearnedAbsolute, RoPE
 from model_config import ModelArchitectureConfig
 from model_helpers import scrambled
+from training_config import TrainConfig
+from training_objectives import MaskedLM
 from user_errors import UserError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -220,7 +222,7 @@ def random_weights(model):
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.3).add_(float("norm" in name or "ln_" in name))
+            parameter.normal_(std=0.3).add_(float("norm" in name.lower() or "ln_" in name))
     return model.double()
 
 
@@ -277,6 +279,58 @@ def test_llama_equals_transformers(tiny, transformers, n_kv_head, backend):
             names[f"blocks.{i}.{our_name}.weight"] = lambda tensors, full=full: torch.cat([tensors[n] for n in full])
     # Theirs computes angles and norms in float32.
     compare_with(oracle, ours, names, tokens(), rtol=1e-4, atol=2e-5)
+
+
+def test_bert_equals_transformers(tiny, transformers):
+    config = transformers.BertConfig(
+        vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=16, type_vocab_size=2, attn_implementation="eager",
+        pad_token_id=None,  # theirs gives no gradient to the padding's embedding, and tokens() has a token 0
+    )  # fmt: skip
+    oracle = random_weights(transformers.BertForMaskedLM(config)).eval()
+    ours = ConfigurableGPT(tiny(arch_preset="bert")).double().eval()
+    # Every token is of segment A: the vector of that segment is the same at every position and goes into their table.
+    before, embeddings = oracle(tokens()).logits, oracle.bert.embeddings
+    with torch.no_grad():
+        embeddings.position_embeddings.weight += embeddings.token_type_embeddings.weight[0]
+        embeddings.token_type_embeddings.weight[0] = 0
+    torch.testing.assert_close(oracle(tokens()).logits, before, rtol=1e-12, atol=1e-12)
+
+    parts = {
+        "embedding_norm": ["bert.embeddings.LayerNorm"], "head_transform.norm": ["cls.predictions.transform.LayerNorm"],
+        "head_transform.dense": ["cls.predictions.transform.dense"],
+    }  # fmt: skip
+    for i in range(2):
+        layer, attention = f"bert.encoder.layer.{i}", f"bert.encoder.layer.{i}.attention"
+        parts |= {
+            f"blocks.{i}.mixer.qkv": [f"{attention}.self.{name}" for name in ("query", "key", "value")],
+            f"blocks.{i}.mixer.out": [f"{attention}.output.dense"],
+            f"blocks.{i}.mixer_norm": [f"{attention}.output.LayerNorm"],
+            f"blocks.{i}.ffn.up": [f"{layer}.intermediate.dense"], f"blocks.{i}.ffn.down": [f"{layer}.output.dense"],
+            f"blocks.{i}.ffn_norm": [f"{layer}.output.LayerNorm"],
+        }  # fmt: skip
+    wholes = {
+        "token_embedding.weight": ["bert.embeddings.word_embeddings.weight"], "head.bias": ["cls.predictions.bias"],
+        "position_embedding.table.weight": ["bert.embeddings.position_embeddings.weight"],
+    }  # fmt: skip
+    wholes |= {f"{our}.{kind}": [f"{name}.{kind}" for name in their] for our, their in parts.items()
+               for kind in ("weight", "bias")}  # fmt: skip
+    names = {our: lambda tensors, their=their: torch.cat([tensors[name] for name in their])
+             for our, their in wholes.items()}  # fmt: skip
+    compare_with(oracle, ours, names, tokens(), rtol=1e-9, atol=1e-9)
+
+    # and through the objective, which sees the hidden places alone
+    places = torch.tensor([[1, 4, 13], [0, 7, 8]])
+    labels = torch.full((2, 16), IGNORE_INDEX).scatter(1, places, tokens().gather(1, places))
+    batch = {"inputs": tokens().scatter(1, places, V - 1), "targets": tokens().gather(1, places), "places": places}
+    oracle.zero_grad(), ours.zero_grad()
+    theirs = oracle(batch["inputs"], labels=labels).loss
+    sums = MaskedLM(ours, TrainConfig())(batch)
+    torch.testing.assert_close(sums["loss"] / sums["tokens"], theirs, rtol=1e-9, atol=1e-9)
+    theirs.backward(), (sums["loss"] / sums["tokens"]).backward()
+    their_gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, names[name](their_gradients), rtol=1e-9, atol=1e-9)
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ PRESET_VALUES = {  # in the order of NINE
     "mamba2": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
     "lstm": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
     "gru": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
+    "bert": ("layernorm", "gelu", "learned_absolute", "sdpa", "post", "standard", True, True, 0.1),
     "gqa": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
     "mistral": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
     "qwen3": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, True, 0.0),
@@ -50,7 +51,8 @@ def test_presets_are_these():
 @pytest.mark.parametrize("preset", PRESET_VALUES)
 def test_a_preset_fixes_all_nine_options_and_the_mixer(preset):
     config = ModelArchitectureConfig.from_preset(preset)
-    assert {*PRESETS[preset]} >= {*NINE, "block_pattern"}
+    assert {*PRESETS[preset]} >= {*NINE, "block_pattern", "causal"}
+    assert config.causal == (preset != "bert")
     assert tuple(getattr(config, name) for name in NINE) == PRESET_VALUES[preset]
     assert config.arch_preset == preset
 
@@ -73,6 +75,13 @@ def test_a_preset_brings_options_of_parts_and_they_leave_with_it():
     assert ModelArchitectureConfig.from_dict(off.to_dict()) == off
     without = {**mistral.to_dict(), "part_options": {}}
     assert ModelArchitectureConfig.from_dict(without).part_options == {}  # a saved config is complete
+
+
+def test_nothing_of_an_encoder_stays_when_another_preset_replaces_it():
+    bert = ModelArchitectureConfig.from_preset("bert")
+    assert (bert.causal, bert.embedding_norm, bert.head_transform, bert.norm_eps) == (False, True, True, 1e-12)
+    for preset in PRESET_VALUES:
+        assert bert.replace(arch_preset=preset) == ModelArchitectureConfig.from_preset(preset)
 
 
 def test_what_is_given_beside_a_preset_wins():
@@ -201,6 +210,7 @@ def test_the_pattern_is_tiled_over_the_depth(pattern, blocks):
     ({"arch_preset": "gpt2", "model_size": "124M"}, "12L-12H-768D-Learned-LN-GELU-PreNorm"),
     ({"arch_preset": "gpt2_postnorm"}, "4L-4H-128D-Learned-LN-GELU-PostNorm"),
     ({"arch_preset": "hybrid"}, "4L-4H-128D-RoPE-LN-GELU-PreNorm"),
+    ({"arch_preset": "bert"}, "4L-4H-128D-Learned-LN-GELU-PostNorm-Bidirectional"),
     ({}, "4L-4H-128D-Learned-LNnb-GELU-PreNorm"),
     ({"activation": "relu2", "position_encoding": "alibi"}, "4L-4H-128D-ALiBi-LNnb-ReLU2-PreNorm"),
     ({"norm_position": "sandwich", "normalization": "rmsnorm"}, "4L-4H-128D-Learned-RMS-GELU-SandwichNorm"),

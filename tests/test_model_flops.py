@@ -70,6 +70,16 @@ def test_flops_by_part_of_gpt2_124m():
     assert flops.backward == 2 * flops.forward
 
 
+def test_a_head_at_some_of_the_tokens_costs_that_share(tiny):
+    model = ConfigurableGPT(tiny(arch_preset="bert"))
+    full, some = flops_per_token(model), flops_per_token(model, head_fraction=0.25)
+    after = ("head", "head_transform.dense")
+    assert full.linear["head"] == 2 * 29 * 16 and full.linear["head_transform.dense"] == 2 * 16 * 16
+    assert some.linear == {group: cost * (0.25 if group in after else 1) for group, cost in full.linear.items()}
+    assert full.vectors - some.vectors == 0.75 * 2 * (29 + 16 + 2 * 16)
+    assert full.mixing == some.mixing
+
+
 def test_an_untied_head_costs_the_same_and_weighs_more():
     (tied, tied_flops), (untied, untied_flops) = count(gpt2()), count(gpt2(weight_tying=False))
     assert untied_flops == tied_flops

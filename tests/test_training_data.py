@@ -408,8 +408,18 @@ def test_batches_are_the_tokens_and_the_ones_after():
     assert batch["inputs"].is_contiguous() and batch["targets"].is_contiguous()
     example = stream.example_batch(5)
     assert {name: (t.shape, t.dtype, t.is_contiguous()) for name, t in example.items()} == {
-        name: (torch.Size([5, 16]), t.dtype, True) for name, t in batch.items()
+        name: (torch.Size([5, *t.shape[1:]]), t.dtype, True) for name, t in batch.items()
     }
+
+
+@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 24), (1, 4), (2, 4), (3, 8)])
+def test_every_window_has_its_number_in_the_stream(world_size, micro_batch_size):
+    stream = BatchStream(counting(9000), 16, 24, seed=0)
+    for rank in range(world_size):
+        for batch in stream.batches(7, rank, world_size, micro_batch_size):
+            for number, tokens in zip(batch["window"].tolist(), batch["inputs"], strict=True):
+                step, row = divmod(number, 24)
+                assert step == 7 and tokens[0] == stream.window_starts(7)[row]
 
 
 @pytest.mark.parametrize("world_size, micro_batch_size", [(2, 24), (5, 2), (1, 7)])

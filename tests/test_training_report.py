@@ -45,6 +45,7 @@ def number(text):
     return 0.0 if text == "-" else float(text.rstrip("kMGTP")) * {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1], 1)
 
 
+@pytest.mark.parametrize("head_fraction", [1.0, 0.125])
 @pytest.mark.parametrize("changes", [
     {},
     {"arch_preset": "llama", "n_kv_head": 2},
@@ -53,13 +54,15 @@ def number(text):
     {"weight_tying": False, "norm_position": "sandwich", "bias": True, "normalization": "layernorm"},
     {"parallel_blocks": True},
     {"residual_scaling": "learned"},
+    {"arch_preset": "bert"},
+    {"head_transform": True, "weight_tying": False},
     {"block_pattern": "attention,attention/none", "n_layer": 5},
     {"block_pattern": "attention/swiglu,attention/standard", "n_layer": 3, "position_encoding": "alibi"},
     {"qk_norm": True, "position_encoding": "rope"},
 ], ids=str)  # fmt: skip
-def test_the_lines_of_the_tree_add_up(tiny, changes):
+def test_the_lines_of_the_tree_add_up(tiny, changes, head_fraction):
     model = ConfigurableGPT(tiny(**changes))
-    flops = flops_per_token(model)
+    flops = flops_per_token(model, head_fraction=head_fraction)
     lines = architecture_tree(model, flops)
     layers, parameters, cost = 1, 0, 0.0
     for line in lines[1:-1]:
