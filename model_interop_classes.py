@@ -8,6 +8,8 @@ Where several can hold a model, it is exported to the first.
 import math
 from dataclasses import replace
 
+import torch
+
 from model_interop_rules import (
     CROPPED,
     HF_CLASS_REGISTRY,
@@ -19,6 +21,7 @@ from model_interop_rules import (
     HFClass,
     Must,
     Same,
+    Transform,
     attention_scale,
     heads,
     layer_types,
@@ -111,6 +114,60 @@ NANOGPT = replace(
         "standard": rows(("mlp.c_fc", "ffn.up"), ("mlp.c_proj", "ffn.down")),
     },
 )
+
+
+# ---- BERT (Devlin et al. 2018) ---------------------------------------------------------------------------------------
+
+# One vector for the segment that every token is of, at each position: the sum is what positions are here.
+WITH_FIRST_SEGMENT = Transform(
+    lambda theirs, like: [(theirs[0] + theirs[1][0])[: like[0].size(0)]],
+    lambda ours, like: [ours[0], torch.zeros_like(like[1])],
+)
+
+HF_CLASS_REGISTRY["BertForMaskedLM"] = HFClass(
+    config="BertConfig",
+    always={
+        "normalization": "layernorm", "bias": True, "position_encoding": "learned_absolute", "causal": False,
+        "norm_position": "post", "embedding_norm": True, "head_transform": True,
+    },
+    rules=[
+        *EVERY_MODEL,
+        Same("hidden_size", "n_embd"),
+        Same("num_hidden_layers", "n_layer"),
+        Same("num_attention_heads", "n_head"),
+        Same("intermediate_size", "ffn_hidden"),
+        Same("max_position_embeddings", "block_size"),
+        Same("layer_norm_eps", "norm_eps"),
+        Same(("hidden_dropout_prob", "attention_probs_dropout_prob"), "dropout"),
+        Choice("hidden_act", "activation", ACTIVATIONS),
+        Must("position_embedding_type", "absolute"),
+        Must("is_decoder", False),
+        Must("add_cross_attention", False),
+    ],
+    ignored=("type_vocab_size", "classifier_dropout"),  # text is of the first segment; the head is another
+    weights=rows(
+        ("bert.embeddings.word_embeddings", "token_embedding"),
+        (
+            ("bert.embeddings.position_embeddings", "bert.embeddings.token_type_embeddings"),
+            "position_embedding.table",
+            WITH_FIRST_SEGMENT,
+        ),
+        ("bert.embeddings.LayerNorm", "embedding_norm"),
+        ("cls.predictions.transform.dense", "head_transform.dense"),
+        ("cls.predictions.transform.LayerNorm", "head_transform.norm"),
+        ("cls.predictions.bias", "head.bias"),  # the decoder's, but where nothing is tied; then nothing reads it
+        ("cls.predictions.decoder", "head"),
+    ),
+    layers="bert.encoder.layer",
+    block_weights={
+        "block": rows(("attention.output.LayerNorm", "mixer_norm"), ("output.LayerNorm", "ffn_norm")),
+        "attention": rows(
+            (("attention.self.query", "attention.self.key", "attention.self.value"), "mixer.qkv", JOINED),
+            ("attention.output.dense", "mixer.out"),
+        ),
+        "standard": rows(("intermediate.dense", "ffn.up"), ("output.dense", "ffn.down")),
+    },
+)  # fmt: skip
 
 
 # ---- LLaMA and its kin -----------------------------------------------------------------------------------------------

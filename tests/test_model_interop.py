@@ -27,6 +27,10 @@ LLAMA3 = {
 GPT2 = dict(vocab_size=V, n_positions=24, n_embd=16, n_layer=2, n_head=4)
 MAMBA = dict(vocab_size=V, hidden_size=16, state_size=4, num_hidden_layers=2)
 MAMBA2 = dict(MAMBA, num_heads=4, head_dim=8, n_groups=1, chunk_size=8)
+BERT = dict(
+    vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+    max_position_embeddings=32,
+)  # fmt: skip
 GRANITE = dict(
     LLAMA, num_key_value_heads=2, shared_intermediate_size=24, num_local_experts=0, attention_multiplier=0.5,
     num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"], mamba_n_heads=4,
@@ -66,12 +70,18 @@ SHAPES = {
     "mamba2-groups-tied": ("Mamba2ForCausalLM", dict(
         MAMBA2, n_groups=2, use_bias=True, use_conv_bias=False, tie_word_embeddings=True)),
     "mamba2-narrow": ("Mamba2ForCausalLM", dict(MAMBA2, hidden_size=12, expand=1, head_dim=3, conv_kernel=2)),
+    "bert": ("BertForMaskedLM", BERT),
+    "bert-relu-untied": ("BertForMaskedLM", dict(
+        BERT, hidden_act="relu", num_attention_heads=1, type_vocab_size=3, tie_word_embeddings=False)),
     "hybrid": ("GraniteMoeHybridForCausalLM", GRANITE),
     "hybrid-rope-tied-groups": ("GraniteMoeHybridForCausalLM", dict(
         GRANITE, position_embedding_type="rope", mamba_n_groups=2, tie_word_embeddings=True)),
 }  # fmt: skip
 by_shape = pytest.mark.parametrize("shape", SHAPES)
-EXACT = ("GPT2LMHeadModel",)  # the others compute norms, angles or scans in float32 whatever they are given
+EXACT = (
+    "GPT2LMHeadModel",
+    "BertForMaskedLM",
+)  # the others compute norms, angles or scans in float32 whatever they are given
 
 
 def hf_model(transformers, shape, dtype=torch.float32):
@@ -84,7 +94,10 @@ def hf_model(transformers, shape, dtype=torch.float32):
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if not parameter_name.endswith(("A_log", "dt_bias", "dt_proj.bias")):  # their own first values are random
-                parameter.normal_(std=0.3).add_(float("norm" in parameter_name or "ln_" in parameter_name))
+                is_gain = parameter_name.endswith("weight") and (
+                    "norm" in parameter_name.lower() or "ln_" in parameter_name
+                )
+                parameter.normal_(std=0.3).add_(float(is_gain))
     return model
 
 
@@ -107,6 +120,10 @@ def assert_same_function(theirs, ours, name, **tolerance):
     wanted, their_gradients = logits_and_gradients(theirs, text())
     torch.testing.assert_close(logits, wanted, **tolerance)
     assert logits.std() > 0.3, "logits that hardly differ prove little"
+    for parameter in [parameter for parameter in their_gradients if "token_type" in parameter]:
+        their_gradients[parameter] = torch.zeros_like(
+            their_gradients[parameter]
+        )  # a sum of values is none of gradients
     mapped = interop.to_ours(HF_CLASS_REGISTRY[name], their_gradients, ours)
     assert mapped.keys() == gradients.keys()
     for parameter, gradient in gradients.items():
