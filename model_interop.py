@@ -191,30 +191,42 @@ def classes_for(config):
     Raises:
         UserError: none can; the setting named is one that no class has, or that the nearest class has otherwise.
     """
-    own, fitting, lacking = resolved(config), {}, {}
+    own, fitting, lacking, reason = resolved(config), {}, {}, None
     for name, entry in HF_CLASS_REGISTRY.items():
         if not entry.can_hold_parts(config):
             continue
         values = entry.values(own)
-        with contextlib.suppress(UserError):  # what it would be read back as is a model of no kind
+        try:
             back, _ = configurator.build_configs(entry.settings(values))
             lacking[name] = differences({**own, **entry.held(own)}, resolved(back), entry.unread)
-            if not lacking[name]:
-                fitting[name] = values
+        except UserError as error:  # what comes back is a model of no kind
+            reason = f"as a {name}, {error}"
+            continue
+        if not lacking[name]:
+            fitting[name] = values
     if fitting:
         return fitting
+    raise UserError(f"no Hugging Face class can hold {_what_is_lacking(lacking) or reason or _parts_of(config)}")
+
+
+def _what_is_lacking(lacking):
+    """The setting that no class has or, where each lacks another, what the nearest ones have; '' for no classes."""
     if not lacking:
-        parts = f"block_pattern={config.block_pattern!r} with ffn_type={_ffns(config)} and n_embd={config.n_embd}"
-        raise UserError(f"no Hugging Face class can hold {parts}")
-    nearest = min(lacking, key=lambda name: len(lacking[name]))
+        return ""
+    least = min(map(len, lacking.values()))
+    nearest = {name: found for name, found in lacking.items() if len(found) == least}
     everywhere = set.intersection(*({setting for setting, *_ in found} for found in lacking.values()))
-    found = [row for row in lacking[nearest] if row[0] in everywhere] or lacking[nearest]
-    setting, value, there = found[0]
-    raise UserError(f"no Hugging Face class can hold {setting}={value!r}: the nearest, {nearest}, has {there!r}")
+    for name, found in nearest.items():
+        for setting, value, there in found:
+            if setting in everywhere:
+                return f"{setting}={value!r}: the nearest, {name}, has {there!r}"
+    first = [(name, *found[0]) for name, found in nearest.items()]
+    return "; ".join(f"{setting}={value!r} as a {name}, which has {there!r}" for name, setting, value, there in first)
 
 
-def _ffns(config):
-    return ", ".join(dict.fromkeys(ffn for _, ffn in config.blocks()))
+def _parts_of(config):
+    ffns = ", ".join(dict.fromkeys(ffn for _, ffn in config.blocks()))
+    return f"block_pattern={config.block_pattern!r} with ffn_type={ffns}"
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
