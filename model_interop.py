@@ -131,7 +131,13 @@ def config_from_hf(hf_config, class_name):
     if values.get("quantization_config") is not None:
         method = values["quantization_config"].get("quant_method")
         raise UserError(f"quantization_config with quant_method={method!r} is not supported: use the whole weights")
-    return configurator.build_configs(entry.settings({**known, **values}, known))[0]
+    return _checked(entry.settings({**known, **values}, known), class_name)
+
+
+def _checked(settings, where):
+    """ModelArchitectureConfig of foreign settings, each of the type that it must have."""
+    settings = {name: configurator.check_type(name, value, str(where)) for name, value in settings.items()}
+    return configurator.build_configs(settings)[0]
 
 
 def from_hf(hf_model, **changes):
@@ -169,18 +175,25 @@ def to_hf(model, end_of_document_id=None):
 
 
 def _config_for(transformers, config, end_of_document_id):
-    """(name, configuration) of the first class that can hold a config."""
+    """(name, configuration) of the first class that can hold a config, and that transformers itself lets be made."""
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_document_id)
+    refused = []
+    for name, values in classes_for(config).items():
+        hf_config, reason = _made(getattr(transformers, HF_CLASS_REGISTRY[name].config), {**values, **tokens})
+        if hf_config is not None:
+            return name, hf_config
+        refused.append(f"a {name}, which wants other shapes: {reason}")
+    raise UserError(f"no Hugging Face class can hold this model as {refused[0]}")
+
+
+def _made(config_class, values):
+    """(configuration of transformers, None), or (None, why it refuses the values)."""
     from huggingface_hub.errors import StrictDataclassError
 
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_document_id)
-    refused = {}
-    for name, values in classes_for(config).items():
-        try:
-            return name, getattr(transformers, HF_CLASS_REGISTRY[name].config)(**values, **tokens)
-        except (StrictDataclassError, ValueError) as error:
-            refused[name] = str(error).strip().splitlines()[-1].strip()
-    name, reason = next(iter(refused.items()))
-    raise UserError(f"no Hugging Face class can hold this model: {name} says {reason}")
+    try:
+        return config_class(**values), None
+    except (StrictDataclassError, ValueError) as error:
+        return None, str(error).strip().splitlines()[-1].strip()
 
 
 def classes_for(config):
@@ -193,20 +206,26 @@ def classes_for(config):
     """
     own, fitting, lacking, reason = resolved(config), {}, {}, None
     for name, entry in HF_CLASS_REGISTRY.items():
-        if not entry.can_hold_parts(config):
-            continue
-        values = entry.values(own)
-        try:
-            back, _ = configurator.build_configs(entry.settings(values))
-            lacking[name] = differences({**own, **entry.held(own)}, resolved(back), entry.unread)
-        except UserError as error:  # what comes back is a model of no kind
-            reason = f"as a {name}, {error}"
-            continue
-        if not lacking[name]:
-            fitting[name] = values
-    if fitting:
-        return fitting
-    raise UserError(f"no Hugging Face class can hold {_what_is_lacking(lacking) or reason or _parts_of(config)}")
+        if entry.can_hold_parts(config):
+            values = entry.values(own)
+            back, why = _read_back(entry, values)
+            if back is None:
+                reason = f"this model as a {name}: {why}"
+            elif found := differences({**own, **entry.held(own)}, back, entry.unread):
+                lacking[name] = found
+            else:
+                fitting[name] = values
+    if not fitting:
+        raise UserError(f"no Hugging Face class can hold {_what_is_lacking(lacking) or reason or _parts_of(config)}")
+    return fitting
+
+
+def _read_back(entry, values):
+    """(the `resolved` settings of a configuration's values, None), or (None, why they are a model of no kind)."""
+    try:
+        return resolved(configurator.build_configs(entry.settings(values))[0]), None
+    except UserError as error:
+        return None, error
 
 
 def _what_is_lacking(lacking):
@@ -334,9 +353,8 @@ def starting_point(settings):
 def _with_changes(config, changes, where):
     """`config` with the changes that leave its weights what they are; others are refused."""
     asked = config.replace(**changes)
-    found = differences(resolved(asked), resolved(config), aside=("block_size",))
-    if found or asked.blocks() != config.blocks():
-        setting, value, there = found[0] if found else ("block_pattern", asked.block_pattern, config.block_pattern)
+    if found := differences(resolved(asked), resolved(config), aside=("block_size",)):
+        setting, value, there = found[0]
         raise UserError(f"{setting}={value!r} contradicts {where}, whose model has {setting}={there!r}; drop it")
     kept = {name: value for name, value in changes.items() if name in ("block_size", *SAME_FUNCTION)}
     kept = {name: value for name, value in kept.items() if name not in ("arch_preset", "model_size")}
@@ -425,7 +443,7 @@ def open_nanogpt(name):
     tensors = {key.removeprefix(NANOGPT_PREFIX): tensor for key, tensor in tensors.items()}
     for key in [key for key in tensors if key.endswith(NANOGPT_BUFFER) and tensors[key].dim() == 4]:
         del tensors[key]
-    del tensors["lm_head.weight"]  # tied
+    tensors.pop("lm_head.weight", None)  # tied
     missing = NANOGPT.read_keys() - values.keys()
     if missing:
         raise UserError(f"{path} is no checkpoint of nanoGPT: its model_args lack {sorted(missing)[0]}")
@@ -434,7 +452,7 @@ def open_nanogpt(name):
         "iter_num": saved.get("iter_num"),
         "sha256": {path.name: checkpoint.sha256(path)},
     }
-    config, _ = configurator.build_configs(NANOGPT.settings(values, dict.fromkeys(values)))
+    config = _checked(NANOGPT.settings(values, dict.fromkeys(values)), path)
     return Source(config, NANOGPT, lambda: tensors, record)
 
 

@@ -285,6 +285,7 @@ MAMBA = HF_CLASS_REGISTRY["MambaForCausalLM"] = HFClass(
     layers="backbone.layers",
     block_weights={
         "block": rows(("norm", "mixer_norm")),
+        "none": [],
         "mamba": rows(*MAMBA_WEIGHTS, ("mixer.x_proj", "mixer.x_proj"), ("mixer.dt_proj", "mixer.dt_proj")),
     },
 )  # fmt: skip
@@ -309,6 +310,7 @@ HF_CLASS_REGISTRY["Mamba2ForCausalLM"] = replace(
     ),  # the last is Mamba-1's: nothing reads it
     block_weights={
         "block": rows(("norm", "mixer_norm")),
+        "none": [],
         "mamba2": rows(*MAMBA_WEIGHTS, ("mixer.dt_bias", "mixer.dt_bias"), ("mixer.norm", "mixer.norm")),
     },
 )

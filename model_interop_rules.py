@@ -193,10 +193,15 @@ def layered_window():
     return Both(keys, read_layered_window, write_layered_window)
 
 
+def blocks_of(own):
+    """[(mixer, FFN)] of `resolved` settings."""
+    return [tuple(block.split("/")) for block in own["block_pattern"].split(",")]
+
+
 def spelt_ffn(key, spelling):
     """The activation inside a gated FFN, which is the FFN's own name here."""
     choice = Choice(key, "ffn_type", spelling)
-    return Both((key,), choice.read, lambda own: choice.write({"ffn_type": own["blocks"][0][1]}))
+    return Both((key,), choice.read, lambda own: choice.write({"ffn_type": blocks_of(own)[0][1]}))
 
 
 def layer_types(key, mixers):
@@ -210,7 +215,7 @@ def layer_types(key, mixers):
 
     def write(own):
         kinds = {ours: theirs for theirs, ours in mixers.items()}
-        return {key: [kinds[mixer] for mixer, _ in own["blocks"]]}
+        return {key: [kinds[mixer] for mixer, _ in blocks_of(own)]}
 
     return Both((key,), read, write)
 
@@ -403,7 +408,7 @@ class HFClass:
 
     def can_hold_parts(self, config):
         """Whether every mixer and FFN of a config is in the table, and those that it needs are in the config."""
-        parts = {part for block in config.blocks() for part in block} - {"none"}
+        parts = {part for block in config.blocks() for part in block}
         return {*self.needs} <= parts <= self.block_weights.keys()
 
 
@@ -414,7 +419,7 @@ IN_PARTS = {  # {setting that may be None or a ratio: (slot, attribute) that say
     "headdim": ("mixer", "headdim"), "ffn_hidden": ("ffn", "hidden"),
 }  # fmt: skip
 SAID_OTHERWISE = (
-    "part_options", "block_pattern", "ffn_type", "ffn_multiplier", "ffn_multiple_of", "queries_per_kv_head",
+    "part_options", "ffn_type", "ffn_multiplier", "ffn_multiple_of", "queries_per_kv_head",
 )  # fmt: skip
 IDLE = {  # {option: (setting, its values that leave the option without effect)}
     "qk_norm_scope": ("qk_norm", (False,)),
@@ -426,7 +431,8 @@ IDLE = {  # {option: (setting, its values that leave the option without effect)}
 def resolved(config):
     """{setting: value} that decide the function of a config, with None and ratios replaced by what they come to.
 
-    `blocks` stands for block_pattern and ffn_type; options that no chosen part reads are left out.
+    block_pattern is every block's mixer and FFN, such as 'mamba2/none,attention/swiglu'; options that no chosen part
+    reads are left out.
     """
     with on_meta():
         model = ConfigurableGPT(config)
@@ -437,7 +443,7 @@ def resolved(config):
         found = {getattr(getattr(block, slot), attribute, None) for block in model.blocks} - {None}
         if found:
             own[name] = found.pop()
-    own["vocab_size"], own["blocks"] = model.head.out_features, tuple(config.blocks())
+    own["vocab_size"], own["block_pattern"] = model.head.out_features, ",".join(map("/".join, config.blocks()))
     idle = {name for name, (setting, values) in IDLE.items() if own.get(setting) in values}
     return {name: value for name, value in own.items() if name not in (*SAID_OTHERWISE, *idle)}
 

@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401, F811 - book and workshop are fixtures
 
-import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import model_interop as interop
 import sample
+import train
 from model_builder import ConfigurableGPT
 from model_config import PRESETS
 from model_helpers import scrambled
@@ -272,10 +273,10 @@ def test_another_class_is_refused(transformers):
 def test_weights_of_another_architecture_are_refused(transformers, tiny):
     theirs, ours = hf_model(transformers, "llama"), ConfigurableGPT(tiny(arch_preset="llama", bias=True))
     entry, tensors = HF_CLASS_REGISTRY["LlamaForCausalLM"], dict(theirs.named_parameters())
-    with pytest.raises(UserError, match="the weights lack blocks.0"):
+    with pytest.raises(UserError, match=r"the weights lack blocks\.0"):
         interop.to_ours(entry, tensors, ours)
     ours = interop.from_hf(theirs)
-    with pytest.raises(UserError, match="the weights hold, beside what the model has, model.extra"):
+    with pytest.raises(UserError, match=r"the weights hold, beside what the model has, model\.extra"):
         interop.to_ours(entry, {**tensors, "model.extra": torch.zeros(1)}, ours)
     with pytest.raises(UserError, match=r"final_norm.weight is \(3,\) in the weights and \(16,\) in the model"):
         interop.to_ours(entry, {**tensors, "model.norm.weight": torch.zeros(3)}, ours)
@@ -353,9 +354,11 @@ HELD_BY_NONE = [  # (settings, what the sentence says)
     ({"arch_preset": "llama", "normalization": "layernorm"}, "normalization='layernorm'"),
     ({"arch_preset": "qwen3", "bias": True}, "bias=True"),
     ({"arch_preset": "mamba", "expand": 1.5}, "expand=1.5"),
-    ({"arch_preset": "mamba2", "expand": 1.5}, "as a Mamba2ForCausalLM, headdim=24 does not divide"),
+    ({"arch_preset": "mamba2", "expand": 1.5}, "as a Mamba2ForCausalLM: headdim=24 does not divide"),
     ({"arch_preset": "mamba2", "expand": 1.5, "headdim": 4}, "expand=1.5"),
     ({"arch_preset": "mamba2", "normalization": "layernorm"}, "normalization='layernorm'"),
+    ({"arch_preset": "llama", "block_pattern": "attention/swiglu,attention/geglu"}, "block_pattern='attention/swiglu,"),
+    ({"arch_preset": "llama", "block_pattern": "attention,attention/none"}, "block_pattern='attention,attention/none'"),
     ({"arch_preset": "lstm"}, "block_pattern='lstm/none'"),
     ({"block_pattern": "attention,mamba/none"}, "block_pattern='attention,mamba/none'"),
     ({"arch_preset": "mamba_hybrid"}, "block_pattern='mamba,local_attention'"),
@@ -368,3 +371,266 @@ def test_what_no_class_holds_is_refused_by_the_setting(transformers, tiny, setti
         interop.to_hf(ConfigurableGPT(tiny(**settings)))
     assert message in str(refusal.value)
     assert str(refusal.value).startswith("no Hugging Face class can hold ")
+
+
+# ---- nanoGPT's files -------------------------------------------------------------------------------------------------
+
+
+def nanogpt_file(path, theirs, bias=True, prefix="", **changes):
+    """What nanoGPT's train.py saves, with the weights of a GPT2LMHeadModel: nn.Linear holds matrices the other way."""
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        is_matrix = tensor.dim() == 2 and ".h." in name
+        if bias or not name.endswith(".bias"):
+            state[prefix + name] = tensor.t().contiguous() if is_matrix else tensor.clone()
+    config = theirs.config
+    args = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, block_size=config.n_positions,
+                vocab_size=config.vocab_size, bias=bias, dropout=0.0)  # fmt: skip
+    saved = {"model": state, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(1.5), "optimizer": {},
+             "config": {"dataset": "x"}}  # fmt: skip
+    torch.save({**saved, **changes}, path)
+    return f"nanogpt:{path}"
+
+
+def opened(source, **changes):
+    """The model that init_from=source starts with."""
+    kind, _, path = source.partition(":")
+    found = interop.INIT_REGISTRY[kind](path)
+    model = ConfigurableGPT(found.config.replace(**changes))
+    found.fill(model)
+    return model.eval(), found
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["plain", "compiled"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_a_file_of_nanogpt_is_read(transformers, tmp_path, bias, prefix):
+    reference = hf_model(transformers, "gpt2")
+    for block in reference.transformer.h:
+        block.mlp.act = torch.nn.GELU()  # exact, as nanoGPT has it
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if name.endswith(".bias") and not bias:
+                parameter.zero_()
+    path = tmp_path / "ckpt.pt"
+    source = nanogpt_file(path, reference, bias, prefix)
+    saved = torch.load(path, weights_only=True)
+    saved["model"][f"{prefix}transformer.h.0.attn.bias"] = torch.ones(
+        1, 1, 24, 24
+    )  # its mask, on old versions of torch
+    torch.save(saved, path)
+    model, found = opened(source)
+    assert found.config.bias is bias and found.record["iter_num"] == 7
+    assert found.record["sha256"].keys() == {"ckpt.pt"} and len(found.record["sha256"]["ckpt.pt"]) == 64
+    with torch.no_grad():
+        torch.testing.assert_close(model(text())[0], reference(text()).logits, rtol=1e-5, atol=1e-5)
+        shorter, _ = opened(source, block_size=9)
+        torch.testing.assert_close(shorter(text(9))[0], reference(text(9)).logits, rtol=1e-5, atol=1e-5)
+
+
+class Trap:
+    """Unpickling it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_file_of_nanogpt_runs_no_code(transformers, tmp_path):
+    source = nanogpt_file(tmp_path / "ckpt.pt", hf_model(transformers, "gpt2"), config=Trap(tmp_path / "written"))
+    with pytest.raises(UserError, match=r"cannot be read as a checkpoint of nanoGPT \(UnpicklingError\)"):
+        opened(source)
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_args": {"n_layer": 2}}, "its model_args lack bias"),
+    ({"model_args": 3}, "TypeError"),
+    ({"model_args": dict(n_layer="2", n_head=4, n_embd=16, block_size=24, vocab_size=V, bias=True, dropout=0.0)},
+     "n_layer='2' is a str, and must be an int"),
+    ({"model": {}}, "the weights lack blocks.0.ffn.down.bias"),
+])  # fmt: skip
+def test_half_a_file_of_nanogpt_is_refused(transformers, tmp_path, changes, message):
+    source = nanogpt_file(tmp_path / "ckpt.pt", hf_model(transformers, "gpt2"), **changes)
+    with pytest.raises(UserError, match=message):
+        opened(source)
+
+
+# ---- the command and the folder that it writes -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    """A GPT2LMHeadModel over bytes, as save_pretrained leaves it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=256, n_positions=32, n_embd=16, n_layer=2, n_head=2,
+                                     bos_token_id=0, eos_token_id=0)  # fmt: skip
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("hf") / "gpt2"
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_dir(run_folder):
+    return max(run_folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+@pytest.mark.parametrize("architecture, tokenizer", [
+    (("--arch_preset=llama", "--n_kv_head=1"), "bpe"),
+    ((), "byte"),
+    (("--arch_preset=mamba", "--d_state=4"), "char"),
+    (("--arch_preset=gpt2",), "wordpiece"),
+    (("--arch_preset=qwen3",), "unigram"),
+], ids=["llama-bpe", "default-byte", "mamba-char", "gpt2-wordpiece", "qwen3-unigram"])  # fmt: skip
+def test_an_exported_run_opens_elsewhere(transformers, workshop, architecture, tokenizer):
+    size = ("--tokenizer_vocab_size=280",) if tokenizer in ("bpe", "wordpiece", "unigram") else ()
+    run = workshop.run("--max_iters=4", f"--tokenizer={tokenizer}", *size, *architecture)
+    workshop.printed()
+    out = workshop.folder / "exported"
+    interop.main([str(save_dir(run)), str(out)])
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    assert workshop.printed() == f"{out} holds a {type(model).__name__}\n"
+    assert (out / "model.safetensors").is_file() and not [*out.parent.glob(".exported*")]
+
+    words = "the quick brown fox\n jumps over"
+    own, theirs = load_tokenizer(run), transformers.AutoTokenizer.from_pretrained(out)
+    ids = theirs(words)["input_ids"]
+    assert ids == own.encode(words).tolist() and theirs.decode(ids) == words
+    assert theirs.eos_token_id == own.end_of_document_id == model.config.eos_token_id
+    assert len(theirs) == own.vocab_size == model.config.vocab_size
+
+    settings = interop.configurator.load_run(run)
+    ours = ConfigurableGPT(settings.model).eval()
+    interop.checkpoint.load_model(ours, save_dir(run))
+    idx = torch.tensor([ids[:16]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx).logits, ours(idx)[0], rtol=1e-4, atol=1e-4)
+    greedy = model.generate(idx[:, :4], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(greedy, ours.generate(idx[:, :4], 6, temperature=0))
+
+
+def test_a_folder_that_cannot_be_exported_is_refused(workshop):
+    run = workshop.run("--max_iters=4", "--position_encoding=alibi")
+    checkpoint, out = save_dir(run), workshop.folder / "out"
+    refused = [
+        ((checkpoint, out), "no Hugging Face class can hold position_encoding='alibi'"),
+        ((checkpoint, run), "exists; choose another folder, or empty that one"),
+        ((run, out), "is no checkpoint; give a folder such as runs/NAME/checkpoint-500"),
+        ((workshop.folder / "nowhere", out), "is no checkpoint"),
+        ((checkpoint,), "out_folder"),
+    ]
+    for arguments, message in refused:
+        assert message in workshop.refused(*arguments, main=interop.main)
+    assert not out.exists()
+
+
+# ---- init_from -------------------------------------------------------------------------------------------------------
+
+OTHER_TOKENS = "--tokenizer=byte"
+
+
+def going_on(workshop, source, *arguments):
+    """A command of a tiny run from `source`; the architecture is the source's, so it is not named."""
+    shape = ("--n_layer", "--n_head", "--n_embd", "--block_size")
+    command = [argument for argument in workshop.command() if not argument.startswith(shape)]
+    return [*command, OTHER_TOKENS, f"--init_from={source}", *arguments]
+
+
+def test_a_run_from_a_folder_is_trained_resumed_sampled_and_exported(transformers, workshop, hf_folder, capsys):
+    source = workshop.folder / "gpt2"
+    shutil.copytree(hf_folder, source)
+    train.main(going_on(workshop, f"hf:{source}", "--run_name=tuned", "--block_size=16", "--max_iters=4"))
+    run, theirs = workshop.runs / "tuned", transformers.AutoModelForCausalLM.from_pretrained(hf_folder).eval()
+    record = read_json(run / "config.json")
+    assert record["initial_weights"] == {
+        "source": f"hf:{source}", "class": "GPT2LMHeadModel", "transformers_version": transformers.__version__,
+        "sha256": {"model.safetensors": interop.checkpoint.sha256(hf_folder / "model.safetensors")},
+    }  # fmt: skip
+    config = record["model_config"]
+    assert (config["n_layer"], config["activation"], config["block_size"], config["bias"]) == (2, "gelu_tanh", 16, True)
+    assert config["dropout"] == 0.1  # as its own configuration says
+
+    shutil.rmtree(source)  # from here on the run stands alone
+    train.main([f"--runs_dir={workshop.runs}", "--run_name=tuned", "--init_from=resume", "--max_iters=6"])
+    again = read_json(run / "config.json")
+    assert again["initial_weights"] == record["initial_weights"] and again["model_config"] == config
+    assert summary(run)["steps"] == 6
+    moved = weights(run, 6)["token_embedding.weight"] - theirs.transformer.wte.weight.detach()
+    assert 0 < moved.abs().max() < 0.1, "trained, and from these weights"
+
+    capsys.readouterr()
+    sample.main(
+        [f"--runs_dir={workshop.runs}", "--run_name=tuned", "--device=cpu", "--max_new_tokens=5", "--start=the"]
+    )
+    assert capsys.readouterr().out.startswith("the")
+    assert interop.export_hf(run / "checkpoint-6", workshop.folder / "back") == "GPT2LMHeadModel"
+
+
+def test_the_first_loss_is_that_of_the_imported_model(transformers, workshop, hf_folder):
+    train.main(going_on(workshop, f"hf:{hf_folder}", "--run_name=first", "--learning_rate=1e-30", "--dropout=0.0"))
+    run = workshop.runs / "first"
+    tensors = weights(run, 8)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
+    torch.testing.assert_close(tensors["blocks.1.ffn.up.weight"], theirs.transformer.h[1].mlp.c_fc.weight.t())
+    assert read_json(run / "config.json")["model_config"]["block_size"] == 32
+
+
+def test_a_run_from_a_file_of_nanogpt(transformers, workshop, hf_folder):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
+    source = nanogpt_file(workshop.folder / "ckpt.pt", theirs)
+    train.main(going_on(workshop, source, "--run_name=nano", "--max_iters=2"))
+    record = read_json(workshop.runs / "nano" / "config.json")
+    assert record["initial_weights"]["source"] == source and record["model_config"]["activation"] == "gelu"
+
+
+def test_a_source_without_a_longest_text_takes_the_setting(transformers, workshop):
+    hf_model(transformers, "mamba").save_pretrained(workshop.folder / "mamba")
+    sentence = workshop.refused(*going_on(workshop, f"hf:{workshop.folder / 'mamba'}", "--block_size=24"))
+    assert "vocab_size=29 is too small" in sentence and "whose tokens go up to 255" in sentence
+    source = interop.starting_point(interop.configurator.read_settings([f"--init_from=hf:{workshop.folder / 'mamba'}"]))
+    assert source[0].model.block_size == 256 and source[0].model.n_layer == 2
+
+
+def test_the_preset_of_the_same_architecture_may_be_named(workshop, hf_folder):
+    arguments = ["--arch_preset=gpt2", "--activation=gelu_tanh", f"--init_from=hf:{hf_folder}"]
+    settings, _ = interop.starting_point(interop.configurator.read_settings(arguments))
+    assert settings.model.n_embd == 16 and settings.model.dropout == 0.0  # the preset's
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--n_layer=3"], "n_layer=3 contradicts init_from=hf:.*, whose model has n_layer=2; drop it"),
+    (["--arch_preset=llama"], "position_encoding='rope' contradicts|normalization='rmsnorm' contradicts"),
+    (["--arch_preset=gpt2"], "activation='gelu' contradicts .* activation='gelu_tanh'"),
+    (["--vocab_size=300"], "vocab_size=300 contradicts"),
+    (["--block_size=33"], "block_size=33 is more than the 32 learned positions"),
+    (["--n_kv_head=1"], "n_kv_head=1 contradicts"),
+])  # fmt: skip
+def test_a_setting_that_contradicts_the_source_is_refused(hf_folder, arguments, message):
+    with pytest.raises(UserError, match=message):
+        interop.starting_point(interop.configurator.read_settings([*arguments, f"--init_from=hf:{hf_folder}"]))
+
+
+def test_a_source_that_is_none_is_refused(workshop, hf_folder):
+    empty = workshop.folder / "empty"
+    empty.mkdir()
+    lacking = workshop.folder / "lacking"
+    lacking.mkdir()
+    (lacking / "config.json").write_text((hf_folder / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    other = workshop.folder / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"]}', encoding="utf-8")
+    refused = {
+        "gpt2": "init_from='gpt2' must be one of scratch, resume, hf:NAME, nanogpt:FILE",
+        "hf:": "init_from='hf:' must be one of",
+        "resume:x": "init_from='resume:x' must be one of",
+        "hff:x": "init_from='hff' does not exist; did you mean 'hf'? (known: hf, nanogpt)",
+        "hf:nobody/nothing": "hf:nobody/nothing is no folder here, and no model of that name could be fetched",
+        f"hf:{empty}": "holds no configuration that can be read",
+        f"hf:{lacking}": "cannot be read",
+        f"hf:{other}": "T5Model cannot be imported",
+        "nanogpt:nowhere.pt": "init_from=nanogpt:nowhere.pt does not exist",
+        f"nanogpt:{hf_folder / 'model.safetensors'}": "cannot be read as a checkpoint of nanoGPT",
+    }
+    for source, message in refused.items():
+        assert message in workshop.refused(*going_on(workshop, source)), source
