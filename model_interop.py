@@ -169,6 +169,8 @@ def to_hf(model, end_of_document_id=None):
     transformers = import_transformers()
     name, hf_config = _config_for(transformers, model.config, end_of_document_id)
     hf_model = getattr(transformers, name)(hf_config).to(model.head.weight.dtype).train(model.training)
+    if hf_model.can_generate():  # not in `hf_config`, where it would keep the token's embedding from being trained
+        hf_model.generation_config.pad_token_id = end_of_document_id
     own, theirs = dict(model.named_parameters()), dict(hf_model.named_parameters())
     fill(theirs, to_theirs(HF_CLASS_REGISTRY[name], own, theirs, model.config))
     return hf_model
@@ -176,7 +178,7 @@ def to_hf(model, end_of_document_id=None):
 
 def _config_for(transformers, config, end_of_document_id):
     """(name, configuration) of the first class that can hold a config, and that transformers itself lets be made."""
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_document_id)
+    tokens = {"bos_token_id": end_of_document_id, "eos_token_id": end_of_document_id, "pad_token_id": None}
     refused = []
     for name, values in classes_for(config).items():
         hf_config, reason = _made(getattr(transformers, HF_CLASS_REGISTRY[name].config), {**values, **tokens})

@@ -35,7 +35,7 @@ SAME_FUNCTION = (
 
 def refuse(key, value, remedy):
     """Stop at a feature of theirs that has no place here."""
-    raise UserError(f"{key}={value!r} of the Hugging Face config is not supported: {remedy}")
+    raise UserError(f"{key}={value!r} of the imported config is not supported: {remedy}")
 
 
 # ---- settings: one rule per key of theirs ----------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_a_key_that_nobody_knew_is_refused_unless_it_is_at_its_default(transform
     values = next(values for shape, values in SHAPES.values() if shape == name)
     values = getattr(transformers, entry.config)(**values).to_dict()
     assert entry.settings({**values, "twist": 0}, {"twist": 0}) == entry.settings(values)
-    with pytest.raises(UserError, match="twist=1 of the Hugging Face config is not supported"):
+    with pytest.raises(UserError, match="twist=1 of the imported config is not supported"):
         entry.settings({**values, "twist": 1}, {"twist": 0})
 
 
@@ -321,7 +321,8 @@ def test_an_export_computes_the_same(transformers, tiny, settings, name):
     model = scrambled(ConfigurableGPT(tiny(**{"block_size": 32, **settings}))).eval()
     theirs = interop.to_hf(model, end_of_document_id=3)
     assert type(theirs).__name__ == name
-    assert theirs.config.eos_token_id == theirs.config.bos_token_id == 3
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.pad_token_id) == (3, 3, None)
+    assert not theirs.can_generate() or theirs.generation_config.pad_token_id == 3
     with torch.no_grad():
         torch.testing.assert_close(theirs(text()).logits, model(text())[0], rtol=1e-4, atol=1e-4)
 
