@@ -96,6 +96,9 @@ EXACT = (
 def hf_model(transformers, shape, dtype=torch.float32):
     """A model of transformers with large random weights, gains around 1."""
     name, values = SHAPES[shape]
+    groups = values.get("n_groups", values.get("mamba_n_groups", 1))
+    if groups > 1 and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        pytest.skip("before transformers 5.23 all groups of Mamba-2 are normed together")
     cls = getattr(transformers, name)
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     model = cls(cls.config_class(**{**values, **tokens})).to(dtype).eval()
