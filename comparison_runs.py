@@ -27,10 +27,11 @@ RUN_FORMAT = 1  # of config.json and summary.json; older ones are read as far as
 
 # Settings that leave the weights alone: two runs that differ only here, or in the seed, are the same configuration.
 BOOKKEEPING = {
-    "run_name", "runs_dir", "seed", "init_from", "resume_step", "data_dir", "input", "prefetch_batches",
-    "loss_chunk_elements", "kernel_backend", "max_non_finite_steps", "threads", "eval_interval", "eval_only",
-    "sample_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "layer_stats_interval", "tensorboard",
-    "wandb_log", "wandb_project", "wandb_run_name", "plot", "pseudo_perplexity_tokens", "pseudo_perplexity_always",
+    "run_name", "runs_dir", "seed", "init_from", "resume_step", "data_dir", "input", "shard_tokens",
+    "prefetch_batches", "loss_chunk_elements", "kernel_backend", "max_non_finite_steps", "threads", "eval_interval",
+    "eval_only", "sample_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "layer_stats_interval",
+    "tensorboard", "wandb_log", "wandb_project", "wandb_run_name", "plot", "pseudo_perplexity_tokens",
+    "pseudo_perplexity_always", "tuning_runs", "tuning_tokens",
 }  # fmt: skip
 # Settings that the audit compares as what they resolve to: 'auto' and 'cpu' may be the same device.
 RESOLVED = {

@@ -104,7 +104,7 @@ def read_settings(arguments, base=None):
 def _read_values(arguments, base):
     """(all settings given or in `base`, those that the arguments give, config file sources), not yet validated."""
     values, given, sources = dict(base), {}, []
-    for kind, item in _split_arguments(arguments):
+    for kind, item in split_arguments(arguments):
         if kind == "file":
             assigned = exec_config_file(item, values)
             sources.append((Path(item).name, Path(item).read_text(encoding="utf-8")))
@@ -120,9 +120,13 @@ def _read_values(arguments, base):
     return values, given, sources
 
 
-def _split_arguments(arguments):
-    """Yield ('file', path) and ('setting', (name, text)) in order."""
-    arguments = list(arguments)
+def split_arguments(arguments, types=None):
+    """Yield ('file', path) and ('setting', (name, text)) in order.
+
+    Args:
+        types: {setting: type} of a script with settings of its own; None takes `setting_types()`.
+    """
+    arguments, types = list(arguments), setting_types() if types is None else types
     while arguments:
         argument = arguments.pop(0)
         if not argument.startswith("--"):
@@ -132,19 +136,22 @@ def _split_arguments(arguments):
         name = name.replace("-", "_")
         if not equals:
             follows = arguments[0] if arguments else None
-            is_flag = _admits(bool, setting_types().get(name))
+            is_flag = _admits(bool, types.get(name))
             if is_flag and (follows is None or follows.lower() not in ("true", "false", "none", "auto")):
                 text = "True"
             elif follows is None or follows.startswith("--"):
-                _require_setting(name, "the command line")
+                _require_setting(name, "the command line", types)
                 raise UserError(f"--{name} needs a value: --{name}=VALUE")
             else:
                 text = arguments.pop(0)
         yield "setting", (name, text)
 
 
-def exec_config_file(path, values):
+def exec_config_file(path, values, types=None):
     """{setting: value} that one config file assigns, `values` being what it sees.
+
+    Args:
+        types: {setting: type} of a script with settings of its own; None takes `setting_types()`.
 
     The current values stand where builtins are looked up, so what is left in the file's own namespace is exactly what
     the file assigned.
@@ -169,11 +176,12 @@ def exec_config_file(path, values):
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(path, error)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{path}, line {line}: {kind}{error}") from None
-    own = _own_business(text, namespace)
-    return {name: check_type(name, value, str(path)) for name, value in namespace.items() if name not in own}
+    types = setting_types() if types is None else types
+    own = _own_business(text, namespace, types)
+    return {name: check_type(name, value, str(path), types) for name, value in namespace.items() if name not in own}
 
 
-def _own_business(text, namespace):
+def _own_business(text, namespace, known):
     """The names in a config file's namespace that are no settings of it: `_names`, imports, functions and classes.
 
     A setting's name must be defined or imported to be one of them: `activation = F.silu` is a mistake, not a helper.
@@ -185,7 +193,7 @@ def _own_business(text, namespace):
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined.add(node.name)
     helpers = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    own, known = {name for name in namespace if name.startswith("_")}, setting_types()
+    own = {name for name in namespace if name.startswith("_")}
     for name in namespace.keys() - own:
         is_helper = isinstance(namespace[name], helpers)
         if name in known:
@@ -218,8 +226,8 @@ def with_vocabulary(settings, vocab_size):
 # ---- types -----------------------------------------------------------------------------------------------------------
 
 
-def _require_setting(name, where):
-    known = setting_types()
+def _require_setting(name, where, types=None):
+    known = setting_types() if types is None else types
     if name not in known:
         raise UserError(f"{where}: '{name}' is not a setting{did_you_mean(name, known)} (--help lists all)")
     return known[name]
@@ -235,13 +243,13 @@ def _admits(type_, annotation):
     return annotation is not None and type_ in _allowed_types(annotation)
 
 
-def check_type(name, value, where="the command line"):
+def check_type(name, value, where="the command line", types=None):
     """`value` as the setting's type wants it: int widens to float and nothing else changes.
 
     Raises:
         UserError: an unknown setting, or a value of another type.
     """
-    annotation = _require_setting(name, where)
+    annotation = _require_setting(name, where, types)
     allowed = _allowed_types(annotation)
     if type(value) in allowed or (value is None and type(None) in allowed):
         return value
@@ -255,16 +263,16 @@ def _article(word):
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def parse_value(name, text):
+def parse_value(name, text, types=None):
     """The value that `--name=text` means.
 
     Text for a string setting is taken as typed (`--run_name=123`); elsewhere it is read as a Python literal.
     """
-    annotation = _require_setting(name, "the command line")
+    annotation = _require_setting(name, "the command line", types)
     literal = _literal(text)
     if _admits(str, annotation) and type(literal) not in _allowed_types(annotation):
         literal = text
-    return check_type(name, literal)
+    return check_type(name, literal, types=types)
 
 
 def _literal(text):
@@ -354,6 +362,8 @@ def resume(arguments):
     changed = [(name, old[name], new[name]) for name in old if old[name] != new[name]]
     changed += [(name, getattr(before.train, name), getattr(settings.train, name)) for name in FIXED_FOR_A_RUN
                 if getattr(before.train, name) != getattr(settings.train, name)]  # fmt: skip
+    old, new = _options_of_the_objective(before.train), _options_of_the_objective(settings.train)
+    changed += [(name, old[name], new.get(name)) for name in old if old[name] != new.get(name)]
     if before.train.sequences_per_step != settings.train.sequences_per_step:
         name = "batch_size x gradient_accumulation_steps"
         changed.append((name, before.train.sequences_per_step, settings.train.sequences_per_step))
@@ -366,13 +376,19 @@ def resume(arguments):
     return dataclasses.replace(settings, sources=sources)
 
 
+def _options_of_the_objective(config):
+    """{option: value} of what the loss is: a resumed run keeps it."""
+    part = ALL_REGISTRIES.get("objective", {}).get(config.objective)
+    return vars(config.options_for(part))
+
+
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
-def help_text(usage):
-    """Every setting with its default and its reason, under the headings of the dataclasses."""
+def help_text(usage, *own):
+    """Every setting with its default and its reason, under the headings of the dataclasses, a script's `own` first."""
     lines = [textwrap.dedent(usage).strip(), ""]
-    for config in (ModelArchitectureConfig, TrainConfig):
+    for config in (*own, ModelArchitectureConfig, TrainConfig):
         defaults = {f.name: f.default for f in dataclasses.fields(config)}
         for heading, name, reason in _commented_fields(inspect.getsource(config)):
             if heading:

@@ -6,6 +6,8 @@ Three backends compute the same thing. `manual` is the equation written out and 
 is torch's fused kernel; `flex` compiles mask and soft cap into one kernel (CUDA).
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,6 +33,8 @@ class Mixer(nn.Module):
     bidirectional = False  # can run with causal=False
     needed_options = ()  # options that are a mistake when no layer reads them, not merely idle
     positions = ("none", "learned_absolute")  # position encodings that it can honour
+    forms: ClassVar = {}  # {'chunk': function, 'recurrent': function}: its recurrence, fast and as the equation
+    operation = None  # what 'chunk' computes, by the name that kernels/ knows it by
 
     def describe(self):
         """A few words about its shape for the report at start."""
@@ -175,6 +179,7 @@ class Attention(Mixer):
 
     residual_out = ("out.weight",)
     bidirectional = True
+    operation = "attention"
     needed_options = ("sliding_window",)
     positions = POSITION_ENCODING_REGISTRY  # every one, those that a user registers later too
 

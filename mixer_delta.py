@@ -137,6 +137,7 @@ class DeltaNet(LinearMixer):
     q and k = silu(conv(x W)), of length 1; beta = sigmoid(x W).
     """
 
+    operation = "delta"
     forms: ClassVar = {"chunk": delta_chunked, "recurrent": delta_recurrent}
 
     class Options:

@@ -116,6 +116,7 @@ class LinearMixer(Mixer):
     """
 
     residual_out = ("out.weight",)
+    operation = "linear"
     forms: ClassVar = {"chunk": linear_chunked, "recurrent": linear_recurrent}
 
     class Options:
@@ -189,8 +190,6 @@ class LinearMixer(Mixer):
     def step(self, x, state):
         length = state["length"] + x.size(1)
         y, after = self._run(x, state, torch.arange(state["length"], length, device=x.device))
-        if self.conv is not None:
-            after["conv"] = after["conv"].clone()  # a view would hold all inputs in memory
         return y, {**after, "length": length}
 
     def state_bytes(self, T, dtype=torch.float32):
@@ -206,11 +205,11 @@ class LinearMixer(Mixer):
         Elementwise work (decays, feature maps, gates) is not counted, as a softmax is not.
         """
         K, V = self.key_dim, self.value_dim + self.memory_columns
-        products, elementwise = self.recurrence_flops(T, K, V)
-        return self.n_head * (products + elementwise) + (self.conv.flops() if self.conv else 0)
+        return self.n_head * self.recurrence_flops(T, K, V)[0] + self.elementwise_flops(T)
 
     def elementwise_flops(self, T):
-        return self.n_head * self.recurrence_flops(T, self.key_dim, self.value_dim + self.memory_columns)[1]
+        elementwise = self.recurrence_flops(T, self.key_dim, self.value_dim + self.memory_columns)[1]
+        return self.n_head * elementwise + (self.conv.flops() if self.conv else 0)
 
     def recurrence_flops(self, T, K, V):
         """(in matrix products, elementwise) of one head, per token.

@@ -162,6 +162,7 @@ class RWKV7(Mixer):
         "shift", "kappa_scale", "rate_in_key", "bonus", "receptance.weight", "key.weight", "value.weight", "out.weight",
         "decay.up.bias", "rate.up.bias", "norm.weight",
     )  # fmt: skip
+    operation = "rwkv7"
     forms: ClassVar = {"chunk": rwkv7_chunked, "recurrent": rwkv7_recurrent}
 
     class Options:

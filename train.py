@@ -78,7 +78,7 @@ def train(arguments, closing):
     ledger = Ledger(stream.tokens_per_step, flops.training, stream.initial_hash)
     model.check_device(place.device)
     model.to(place.device)
-    chosen_kernels = kernels.choose(model, place.device, config.kernel_backend)
+    chosen_kernels = kernels.choose(model, place.device, config.kernel_backend, parallel.DTYPES[place.dtype])
     optimizers = OPTIMIZER_REGISTRY[config.optimizer](plan, dict(model.named_parameters()), config, place.device)
     schedule = build_schedule(config, total_steps)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == "float16")
@@ -113,7 +113,8 @@ def train(arguments, closing):
     resolved = {
         "device": str(place.device), "device_name": place.device_name(), "world_size": place.world_size,
         "dtype": place.dtype, "tf32": place.tf32, "compile": compiled, "threads": torch.get_num_threads(),
-        "kernels": chosen_kernels, "max_iters": total_steps, "scoring": objective.scoring(),
+        "kernels": chosen_kernels, "kernels_not_taken": chosen_kernels.not_taken, "max_iters": total_steps,
+        "scoring": objective.scoring(),
         "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second,
         "peak_source": peak.source,
     }  # fmt: skip

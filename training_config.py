@@ -29,6 +29,7 @@ class TrainConfig:
     tokenizer_vocab_size: int | None = None  # for tokenizers trained here (bpe, unigram, wordpiece)
     variant: str | None = None  # which size of a dataset, e.g. small or full for tinystories
     input: str | None = None  # a local file or folder to prepare the dataset from, instead of a download
+    shard_tokens: int = 100_000_000  # tokens in each file of a dataset that is prepared here and longer than one
     prefetch_batches: int = 2  # steps of data read ahead by a thread; 0 reads in the training loop
 
     # -- objective
@@ -53,6 +54,9 @@ class TrainConfig:
     grad_clip: float = 1.0  # the global norm of the gradient is clipped to this; 0 leaves it alone
     max_non_finite_steps: int = 10  # in a row, before the run stops; each one is skipped and counted
 
+    tuning_runs: int = 0  # trials that were spent on finding these settings; sweep.py says it, the audit compares it
+    tuning_tokens: int = 0  # tokens that those trials read
+
     # -- learning rate schedule
     schedule: str = "cosine"  # cosine, linear, wsd or constant
     decay_lr: bool = True  # False keeps learning_rate after the warm-up, as schedule=constant does
@@ -65,7 +69,7 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler); auto is float32 on CPU
     tf32: bool = True  # let CUDA multiply float32 matrices in TF32
     compile: bool | str = "auto"  # torch.compile; auto is on for CUDA and off elsewhere
-    kernel_backend: str = "auto"  # auto: fast paths that pass a check against the plain ones at start; plain: none
+    kernel_backend: str = "auto"  # auto: what passes a check at start; plain; or one: triton, mamba_ssm, fla, onednn
     threads: int = 0  # CPU threads; 0 leaves torch's choice
 
     # -- evaluation

@@ -4,7 +4,8 @@
     for split, text, ends_document in corpus.documents(): ...        # 'train' or 'val', str or bytes, bool
 
 A corpus may be larger than memory: `documents` reads as it goes, and a long text comes in pieces of which only the last
-ends its document. The split is decided here and depends on nothing but the text: two machines get the same one.
+ends its document. The split is decided here and depends on nothing but the text: two machines get the same one, and so
+does a preparation that was interrupted: `placed_documents` goes on behind any document.
 
     python_stdlib     the standard library of the Python that runs this      byte    no download
     shakespeare_char  Tiny Shakespeare by characters                         char    1.1 MB, checksummed
@@ -21,13 +22,15 @@ import hashlib
 import logging
 import os
 import sysconfig
+import time
 import urllib.request
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
 from registry import Registry
-from training_text_files import file_contains, kind_of_file, read_texts, text_files
+from training_text_files import file_contains, kind_of_file, read_placed_texts, read_texts, text_files
 from user_errors import UserError, did_you_mean
 
 CORPUS_REGISTRY = Registry("dataset")
@@ -73,7 +76,21 @@ class Corpus:
 
     def documents(self):
         """Yield (split, text, ends_document) in a fixed order; can be called again."""
-        raise NotImplementedError
+        return (document for document, _ in self.placed_documents())
+
+    def placed_documents(self, place=None):
+        """Yield (document, here): until the next one is asked for, here() is the JSON-able place behind this document,
+        from which another call goes on.
+
+        A corpus writes this method, or `documents` alone: then it is read again from its start and the place counts.
+        """
+        n_read = place or 0
+        for n, document in enumerate(islice(self.documents(), n_read, None), n_read + 1):
+            yield document, partial(int, n)
+
+    def pin(self, revision=None):
+        """Hold the source to one revision, the one given or the latest, and return it; None where there are none."""
+        return None
 
     def source(self):
         """Where the text came from, in words, for meta.json."""
@@ -219,34 +236,46 @@ class Text(Corpus):
     def has_separator(self):
         return self.separator is not None and file_contains(self.paths[0], self.separator)
 
+    def documents(self):
+        return (document for document, _ in self.placed_documents())
+
+    def placed_documents(self, place=None):
+        """A place is {'file', 'within' it, 'documents' so far, 'n_train': characters that still train, 'cut': how much
+        of the next text is done}."""
+        place = place or {"file": 0, "within": None, "documents": 0, "n_train": self.characters_that_train(), "cut": 0}
+        n_documents, n_train, cut = place["documents"], place["n_train"], place["cut"]
+        for file in range(place["file"], len(self.paths)):
+            within = place["within"] if file == place["file"] else None
+            for text, ends_text, after in read_placed_texts(self.paths[file], self.separator, within):
+                text, cut, ends = text[cut:], 0, ends_text and self.ends_documents
+                if n_train is None:
+                    split = "val" if n_documents % ONE_IN == ONE_IN - 1 else "train"
+                elif not text:
+                    continue
+                else:
+                    if 0 < n_train < len(text):  # the border between the splits lies in this text
+                        here = partial(dict, file=file, within=within, documents=n_documents, n_train=0, cut=n_train)
+                        yield ("train", text[:n_train], False), here
+                        text, n_train = text[n_train:], 0
+                    split, n_train = ("train" if n_train else "val"), max(0, n_train - len(text))
+                within, n_documents = after, n_documents + ends
+                here = partial(dict, file=file, within=within, documents=n_documents, n_train=n_train, cut=0)
+                yield (split, text, ends), here
+
+    def characters_that_train(self):
+        """How many characters train where the split is by character; None where it is by document."""
+        n_documents, n_characters = 0, 0
+        for text, ends in self.texts():
+            n_documents, n_characters = n_documents + ends, n_characters + len(text)
+            if n_documents >= MANY_DOCUMENTS:
+                return None
+        return int(n_characters * (1 - 1 / ONE_IN))
+
     def texts(self):
         """Yield (text, ends_document) over all files."""
         for path in self.paths:
             for text, ends in read_texts(path, self.separator):
                 yield text, ends and self.ends_documents
-
-    def documents(self):
-        n_documents, n_characters = 0, 0
-        for text, ends in self.texts():
-            n_documents, n_characters = n_documents + ends, n_characters + len(text)
-            if n_documents >= MANY_DOCUMENTS:
-                return self.split_by_document()
-        return self.split_by_character(int(n_characters * (1 - 1 / ONE_IN)))
-
-    def split_by_document(self):
-        index = 0
-        for text, ends in self.texts():
-            yield ("val" if index % ONE_IN == ONE_IN - 1 else "train"), text, ends
-            index += ends
-
-    def split_by_character(self, n_train):
-        for text, ends in self.texts():
-            head, tail = text[:n_train], text[n_train:]
-            n_train -= len(head)
-            if head:
-                yield "train", head, ends and not tail
-            if tail:
-                yield "val", tail, ends
 
     def source(self):
         return f"local {'folder' if self.input.is_dir() else 'file'} {self.input.name}"
@@ -260,8 +289,37 @@ class Text(Corpus):
 # -- datasets of the Hugging Face Hub, streamed: nothing is held but the row being read
 
 
-def stream_rows(name, path, split, config=None, revision=None):
-    """Yield the texts of one split."""
+RETRY_SECONDS = (1, 4, 16, 60)  # between attempts that bring no row; `datasets` itself retries a lost connection before
+
+
+def placed_rows(name, path, split, config=None, revision=None, place=None):
+    """Yield (text, here) of each row of one split; from the JSON-able place here() another call goes on.
+
+    A stream that breaks off is opened again where it broke. Before the first row there is no second attempt: there the
+    name or the network is wrong, and waiting would only delay the sentence that says so.
+    """
+    datasets, failures, n_rows, began = import_datasets(name), 0, place["rows"] if place else 0, False
+    while True:
+        try:
+            rows = open_at(datasets, place, path, config, split=split, streaming=True, revision=revision)
+            for row in rows:
+                n_rows, failures, began = n_rows + 1, 0, True
+                yield row["text"], partial(place_of, datasets, rows, n_rows)
+            return
+        except Exception as error:  # a dozen kinds, from the resolver to the parquet reader: none is the user's code
+            if not began or failures == len(RETRY_SECONDS):
+                raise UserError(
+                    f"could not read {path} from the Hugging Face Hub ({type(error).__name__}: {first_line(error)}); "
+                    "check the network, or give a local copy with --input=FILE"
+                ) from error
+            if place is None or n_rows > place["rows"]:
+                place = place_of(datasets, rows, n_rows)
+        time.sleep(RETRY_SECONDS[failures])
+        failures += 1
+
+
+def import_datasets(name):
+    """The package `datasets`."""
     try:
         import datasets
     except ImportError as error:
@@ -269,14 +327,33 @@ def stream_rows(name, path, split, config=None, revision=None):
             f"dataset={name} needs the package datasets: pip install datasets, or give a local copy with --input=FILE"
         ) from error
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry would print a line
+    return datasets
+
+
+def open_at(datasets, place, *args, **kwargs):
+    """The streamed rows behind a place. The state of `datasets` passes over whole files without opening them; another
+    version of it may not know that state, and then the rows before are read and dropped."""
+    rows = datasets.load_dataset(*args, **kwargs)
+    if place is None:
+        return rows
+    if place["version"] != datasets.__version__:
+        return rows.skip(place["rows"])
+    rows.load_state_dict(place["state"])
+    return rows
+
+
+def place_of(datasets, rows, n_rows):
+    return {"rows": n_rows, "version": datasets.__version__, "state": rows.state_dict()}
+
+
+def latest_revision(path, revision):
+    """The commit that a dataset's revision (None: its main branch) stands at, or the revision where no one answers."""
     try:
-        for row in datasets.load_dataset(path, config, split=split, streaming=True, revision=revision):
-            yield row["text"]
-    except Exception as error:  # a dozen kinds, from the resolver to the parquet reader: none is the user's code
-        raise UserError(
-            f"could not read {path} from the Hugging Face Hub ({type(error).__name__}: {first_line(error)}); "
-            "check the network, or give a local copy with --input=FILE"
-        ) from error
+        from huggingface_hub import HfApi
+
+        return HfApi().dataset_info(path, revision=revision, timeout=30).sha
+    except Exception:  # without a network: reading the rows says so in a sentence
+        return revision
 
 
 def first_line(error):
@@ -284,10 +361,16 @@ def first_line(error):
     return lines[0] if lines else "no reason given"
 
 
+def is_one_in(n, text):
+    """Whether a text is among the one in n that its own hash chooses: wherever it stands, and every copy of it."""
+    digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % n == 0
+
+
 class HubCorpus(Corpus):
     """Rows of the Hub, or a local copy that is read as `text` is.
 
-    A split of its own is used where there is one; else one row in `val_one_in` validates.
+    A split of its own is used where there is one; else about one row in `val_one_in` validates, chosen by its text.
     """
 
     path = None  # on the Hub
@@ -304,14 +387,23 @@ class HubCorpus(Corpus):
             self.ends_documents = self.local.ends_documents
 
     def documents(self):
-        return self.hub_documents() if self.local is None else self.local.documents()
+        return (document for document, _ in self.placed_documents())
 
-    def hub_documents(self):
-        for index, text in enumerate(self.rows("train")):
-            yield ("val" if index % self.val_one_in == self.val_one_in - 1 else "train"), text, True
+    def placed_documents(self, place=None):
+        if self.local is not None:
+            yield from self.local.placed_documents(place)
+            return
+        for text, here in self.placed_rows("train", place):
+            yield ("val" if is_one_in(self.val_one_in, text) else "train", text, True), here
 
-    def rows(self, split):
-        return stream_rows(self.name, self.path, split, self.config(), self.revision)
+    def placed_rows(self, split, place=None):
+        return placed_rows(self.name, self.path, split, self.config(), self.revision, place)
+
+    def pin(self, revision=None):
+        if self.local is not None:
+            return None
+        self.revision = revision or latest_revision(self.path, self.revision)
+        return self.revision
 
     def config(self):
         return None
@@ -347,14 +439,23 @@ class TinyStories(HubCorpus):
     about_bytes: ClassVar[dict] = {"small": 49_000_000, "full": 1_920_000_000}
     kept_stories: ClassVar[dict] = {"small": {"train": 50_000, "val": 5_000}, "full": {"train": None, "val": None}}
 
-    def documents(self):
+    def placed_documents(self, place=None):
+        """A place is {'seen': documents of each split so far, 'within': the place in the source of the last one}."""
         limits = self.kept_stories[self.variant]
+        place = place or {"seen": {"train": 0, "val": 0}, "within": None}
         if self.local is not None and not self.has_both_files():
-            yield from limit_documents(self.local.documents(), limits)
-            return
-        for split, rows in (("train", self.stories("train")), ("val", self.stories("valid"))):
-            for story in islice(rows, limits[split]):
-                yield split, story, True
+            return limit_documents(self.local.placed_documents(place["within"]), limits, place["seen"])
+        return self.stories_of_both(limits, place)
+
+    def stories_of_both(self, limits, place):
+        seen, within = dict(place["seen"]), place["within"]
+        for split, part in (("train", "train"), ("val", "valid")):
+            if split == "train" and seen["val"]:
+                continue  # gone through before the place
+            n_left = None if limits[split] is None else limits[split] - seen[split]
+            for story, inner in islice(self.stories(part, within if seen[split] else None), n_left):
+                seen[split] += 1
+                yield (split, story, True), partial(place_of_story, dict(seen), inner)
 
     def has_both_files(self):
         return self.input.is_dir() and all(self.files_of(part) for part in ("train", "valid"))
@@ -362,26 +463,32 @@ class TinyStories(HubCorpus):
     def files_of(self, part):
         return [path for path in self.local.paths if part in path.stem.lower()]
 
-    def stories(self, part):
-        """Stories of 'train' or 'valid', from the Hub or from the published files."""
+    def stories(self, part, place=None):
+        """(story, here) of 'train' or 'valid', from the Hub or from the published files."""
         if self.local is None:
-            yield from self.rows("validation" if part == "valid" else part)
+            yield from self.placed_rows("validation" if part == "valid" else part, place)
             return
-        for path in self.files_of(part):
-            for story, _ in read_texts(path, END_OF_STORY):
-                yield story
+        first, within = place or (0, None)
+        for number, path in islice(enumerate(self.files_of(part)), first, None):
+            for story, _, after in read_placed_texts(path, END_OF_STORY, within):
+                yield story, partial(list, (number, after))
+            within = None
 
 
-def limit_documents(documents, limits):
-    """The first limits[split] documents of each split; None is no limit."""
-    seen = {"train": 0, "val": 0}
-    for split, text, ends in documents:
+def place_of_story(seen, inner):
+    return {"seen": seen, "within": inner()}
+
+
+def limit_documents(placed_documents, limits, seen):
+    """The first limits[split] documents of each split, of which `seen` were given already; None is no limit."""
+    seen = dict(seen)
+    for (split, text, ends), inner in placed_documents:
         if limits[split] is not None and seen[split] >= limits[split]:
             if all(limits[part] is not None and seen[part] >= limits[part] for part in seen):
                 return
             continue
-        yield split, text, ends
         seen[split] += ends
+        yield (split, text, ends), partial(place_of_story, dict(seen), inner)
 
 
 @CORPUS_REGISTRY("openwebtext")

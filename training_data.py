@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 from training_prepare import check_meets, prepare, recipe_of, summary_of
-from training_token_files import SPLITS, how_to_prepare_again, read_meta, tokenizer_of
+from training_token_files import SPLITS, check_shards, map_tokens, read_meta, tokenizer_of
 from user_errors import UserError
 
 IGNORE_INDEX = -100  # the target of a position that is not supervised
-CHECKSUMMED_BYTES = 2**26  # larger files are held to their size alone: reading them all would delay every start
+CHECKSUMMED_BYTES = 2**26  # larger splits are held to their files' sizes: reading them all would delay every start
 
 
 # -- prepared datasets
@@ -39,7 +39,7 @@ class Dataset:
     """A prepared folder: memory-mapped tokens and what meta.json says of them.
 
     Attributes:
-        train, val: 1-D arrays of tokens, read from disk as they are indexed.
+        train, val: 1-D arrays of tokens, or ShardedTokens of several files, read from disk as they are sliced.
         meta: the dict of meta.json.  fingerprint: names the tokens, whatever the folder is called.
         token_bytes: int64 array, bytes of text for each token, or None where that is unknown.
     """
@@ -57,25 +57,10 @@ class Dataset:
         self.train, self.val = (self.map_split(split) for split in SPLITS)
 
     def map_split(self, split):
-        """The tokens of a split, after holding the file to what meta.json says."""
-        path = self.folder / f"{split}.bin"
-        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        facts = self.meta["splits"][split]
-        if not path.is_file():
-            raise UserError(f"{path} is missing; {how_to_prepare_again(self.folder)}")
-        n_bytes, expected = path.stat().st_size, facts["tokens"] * dtype.itemsize
-        if n_bytes == 0:
-            raise UserError(f"{path} is empty; {how_to_prepare_again(self.folder)}")
-        if n_bytes != expected:
-            state = "truncated" if n_bytes < expected else "not the one described"
-            raise UserError(
-                f"{path} has {n_bytes:,} bytes where meta.json says {expected:,}: it is {state}; "
-                f"{how_to_prepare_again(self.folder)}"
-            )
-        if n_bytes <= CHECKSUMMED_BYTES and hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
-            raise UserError(f"{path} has a wrong checksum: it was changed; {how_to_prepare_again(self.folder)}")
-        # a plain array over the map: slicing a np.memmap itself costs ten times as much
-        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+        """The tokens of a split, after holding its files to what meta.json says."""
+        n_bytes = self.meta["splits"][split]["tokens"] * np.dtype(self.meta["dtype"]).itemsize
+        check_shards(self.folder, self.meta, split, checksums=n_bytes <= CHECKSUMMED_BYTES)
+        return map_tokens(self.folder, self.meta, split)
 
     def n_tokens(self, split):
         return self.meta["splits"][split]["tokens"]

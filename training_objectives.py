@@ -180,10 +180,9 @@ class MaskedLM(Objective):
         """
         T, n = validation.block_size, min(n, validation.n_tokens)
         chosen = shuffled(np.arange(n), validation.n_tokens, keys_of("pseudo-perplexity", n_keys=7))
-        chosen = chosen.reshape(-1, 1)  # (n, 1)
-        for first in range(rank * batch_size, -(-n // (batch_size * world_size)) * batch_size * world_size,
-                           batch_size * world_size):  # fmt: skip
-            rows = chosen[first : first + batch_size]
+        chosen, stride = chosen.reshape(-1, 1), batch_size * world_size  # (n, 1)
+        for start in range(0, n, stride):
+            rows = chosen[start + rank * batch_size :][:batch_size]
             n_filler = batch_size - len(rows)  # every rank makes equally many batches of one shape
             rows = np.concatenate([rows, np.repeat(chosen[:1], n_filler, axis=0)])
             batch = validation.windows_at(rows[:, 0] // T)

@@ -1,4 +1,4 @@
-"""A corpus becomes token files: `data/<name>/` with train.bin, val.bin and meta.json, which says what they are.
+"""A corpus becomes token files: `data/<name>/` with train.bin (or train_00000.bin and on), val.bin and meta.json.
 
     folder = prepare(TrainConfig(dataset="tinystories", variant="small"))
     python data/tinystories/prepare.py --variant=full --tokenizer=gpt2        # the same from a terminal
@@ -6,8 +6,9 @@
 Documents flow through in chunks of a megabyte, so a corpus larger than memory works; threads encode several at once,
 because the tokenizer libraries let go of Python's lock (starting processes would cost seconds and gain nothing).
 
-meta.json is written last: a folder that has it is whole. Nothing that is there is ever overwritten. This file imports
-no torch, so that preparing starts at once.
+A preparation that ends early, by Ctrl-C, a kill or a lost network, loses at most the file being written: run again, it
+goes on behind the last whole one, and gives the same files byte for byte. meta.json is written last: a folder that has
+it is whole. Nothing that is there is ever overwritten. This file imports no torch, so that preparing starts at once.
 """
 
 import argparse
@@ -15,28 +16,32 @@ import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
+from training_config import TrainConfig
 from training_corpora import CORPUS_REGISTRY
+from training_shards import PROGRESS, check_no_token_files, unfinished
 from training_token_files import (
     SPLITS,
+    check_shards,
     describe,
     describe_token_files,
     how_to_prepare_again,
     read_meta,
-    token_files,
+    shards_of,
     write_json,
 )
-from training_tokenizers import LEARN_FROM_BYTES, TOKENIZER_REGISTRY, as_text
+from training_tokenizers import LEARN_FROM_BYTES, TOKENIZER_REGISTRY, as_text, tokenizer_from_meta
 from user_errors import Parser, UserError, did_you_mean, exit_on_user_error
 
 CHUNK_BYTES = 2**20  # of text, encoded together
 DEFAULT_LEARNED_VOCAB_SIZE = 4096
+LEAST_SHARD_TOKENS = 1024  # smaller files would be too many for any file system
 
 
 # -- which dataset is meant, and where it lives
@@ -52,10 +57,12 @@ class Recipe:
     tokenizer: str | None
     tokenizer_vocab_size: int | None
     input: str | None
+    shard_tokens: int
 
 
 def recipe_of(settings):
-    """The Recipe of settings that have dataset, data_dir, variant, tokenizer, tokenizer_vocab_size and input.
+    """The Recipe of settings that have dataset, data_dir, variant, tokenizer, tokenizer_vocab_size and input, and may
+    have shard_tokens.
 
     The dataset's own variant and tokenizer live in `data/<dataset>`, any other choice in a folder of its own:
     `data/tinystories-full-gpt2`, `data/tinystories-bpe8192`, `data/text-mybook`.
@@ -73,7 +80,10 @@ def recipe_of(settings):
     if settings.dataset == "text" and settings.input is not None:
         parts.insert(1, Path(settings.input).expanduser().resolve().stem)
     folder = Path(settings.data_dir) / "-".join(parts)
-    return Recipe(settings.dataset, folder, variant, tokenizer, vocab_size, settings.input)
+    shard_tokens = getattr(settings, "shard_tokens", TrainConfig.shard_tokens)
+    if shard_tokens < LEAST_SHARD_TOKENS:
+        raise UserError(f"shard_tokens={shard_tokens} must be at least {LEAST_SHARD_TOKENS}: each shard is a file")
+    return Recipe(settings.dataset, folder, variant, tokenizer, vocab_size, settings.input, shard_tokens)
 
 
 def choices_that_differ(corpus, variant, tokenizer, vocab_size):
@@ -154,25 +164,28 @@ def prepare(settings, workers=None, chunk_bytes=CHUNK_BYTES, quiet=False):
     meta = read_meta(recipe.folder)
     if meta is not None:
         check_meets(meta, recipe)
+        with suppress(OSError):
+            (recipe.folder / PROGRESS).unlink()  # of a process that was killed between the last two things it does
         return recipe.folder
     check_absent(recipe)
     corpus = CORPUS_REGISTRY[recipe.dataset](recipe.input, recipe.variant, recipe.folder)
-    with progress_bar(quiet) as advance:
-        tokenizer = learn_tokenizer(corpus, recipe, advance)
-        with token_files(recipe.folder, tokenizer.vocab_size) as files:
-            encode_corpus(corpus, tokenizer, files, workers or available_cores(), chunk_bytes, advance)
-            finish(corpus, tokenizer, recipe, files)
+    with unfinished(recipe.folder, settings_of(recipe, corpus)) as preparation, progress_bar(quiet) as advance:
+        if preparation is None:  # another process made it meanwhile
+            check_meets(read_meta(recipe.folder), recipe)
+            return recipe.folder
+        tokenizer = take_up(preparation, corpus, recipe, advance)
+        with kept_on_failure(preparation):
+            if not preparation.finished:
+                encode_corpus(corpus, tokenizer, preparation, workers or available_cores(), chunk_bytes, advance)
+            finish(corpus, tokenizer, recipe, preparation)
     return recipe.folder
 
 
 def check_absent(recipe):
     """Refuse a dataset that no one can make, and token files that nothing describes."""
     folder = recipe.folder
-    if (folder / "train.bin").exists() or (folder / "val.bin").exists():
-        raise UserError(
-            f"{folder} holds token files but no meta.json that says what they are; remove train.bin and val.bin to "
-            f"prepare them here, or describe them: python data/text/prepare.py --describe={folder} --tokenizer=gpt2"
-        )
+    if not (folder / PROGRESS).exists():
+        check_no_token_files(folder)
     if recipe.dataset not in CORPUS_REGISTRY:
         known = sorted({*CORPUS_REGISTRY, *prepared_datasets(folder.parent)})
         hint = did_you_mean(recipe.dataset, known)
@@ -180,6 +193,45 @@ def check_absent(recipe):
             f"dataset={recipe.dataset!r} does not exist{hint} (known: {', '.join(known)}; "
             "your own text: --dataset=text --input=FILE)"
         )
+
+
+def settings_of(recipe, corpus):
+    """What the token files depend on, in JSON: an interrupted preparation goes on only where all of it is the same."""
+    names = ("dataset", "variant", "tokenizer", "tokenizer_vocab_size", "shard_tokens")
+    settings = {name: getattr(recipe, name) for name in names}
+    return {**settings, "source": corpus.source(), "input": facts_of_input(corpus)}
+
+
+def facts_of_input(corpus):
+    return None if corpus.input is None else {"name": corpus.input.resolve().name, "bytes": bytes_at(corpus.input)}
+
+
+def take_up(preparation, corpus, recipe, advance):
+    """Begin a preparation, or an interrupted one again, and return its tokenizer."""
+    header = preparation.header or {}
+    revision = corpus.pin(header.get("revision"))
+    if "tokenizer" in header:
+        tokenizer = tokenizer_from_meta(header["tokenizer"])
+    else:
+        tokenizer = learn_tokenizer(corpus, recipe, advance)
+    preparation.begin(tokenizer, revision, advance)
+    return tokenizer
+
+
+@contextmanager
+def kept_on_failure(preparation):
+    """A user's mistake, or the network's, says what is kept."""
+    try:
+        yield
+    except UserError as error:
+        if not preparation.lines:
+            raise
+        raise UserError(f"{error}; {what_is_kept(preparation.folder)}") from error
+
+
+def what_is_kept(folder):
+    n_files = sum(1 for split in SPLITS for _ in folder.glob(f"{split}*.bin"))
+    return f"{n_files} whole files are kept in {folder}, and the same command goes on behind them"
 
 
 def prepared_datasets(data_dir):
@@ -208,41 +260,41 @@ def learn_tokenizer(corpus, recipe, advance):
     return part.learn(documents(), vocab_size=recipe.tokenizer_vocab_size, ends_documents=corpus.ends_documents)
 
 
-def encode_corpus(corpus, tokenizer, files, workers, chunk_bytes, advance):
-    """Encode every document and append its tokens to the file of its split, in the corpus's own order."""
+def encode_corpus(corpus, tokenizer, preparation, workers, chunk_bytes, advance):
+    """Encode every document that is still to come and append its tokens to its split, in the corpus's own order."""
     end_id = tokenizer.end_of_document_id if corpus.ends_documents else None
     expected_bytes = corpus.expected_bytes()
+    advance("encoding", 0, expected_bytes, preparation.n_bytes)
     # At most two chunks for each worker are in flight: what bounds memory however fast the corpus is read.
     with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
         pending = deque()
 
         def write_oldest():
-            chunk = pending.popleft()
+            chunk, place = pending.popleft()
             encoded = chunk.result() if pool else chunk
-            for split, part in encoded.items():
-                files[split].append(part)
+            preparation.append(encoded, place)
             advance("encoding", sum(part.n_bytes for part in encoded.values()), expected_bytes)
 
-        for documents in in_chunks(corpus.documents(), chunk_bytes):
+        for documents, place in in_chunks(corpus.placed_documents(preparation.place), chunk_bytes):
             job = (encode_chunk, tokenizer, end_id, documents)
-            pending.append(pool.submit(*job) if pool else job[0](*job[1:]))
+            pending.append((pool.submit(*job) if pool else job[0](*job[1:]), place))
             if len(pending) >= 2 * workers:
                 write_oldest()
         while pending:
             write_oldest()
 
 
-def in_chunks(documents, chunk_bytes):
-    """Lists of (split, text, ends_document) that hold about chunk_bytes together."""
+def in_chunks(placed_documents, chunk_bytes):
+    """(list of (split, text, ends_document) that hold about chunk_bytes together, the place behind them)."""
     chunk, size = [], 0
-    for document in documents:
+    for document, here in placed_documents:
         chunk.append(document)
         size += len(document[1])
         if size >= chunk_bytes:
-            yield chunk
+            yield chunk, here()
             chunk, size = [], 0
     if chunk:
-        yield chunk
+        yield chunk, here()
 
 
 @dataclass
@@ -271,28 +323,26 @@ def encode_chunk(tokenizer, end_id, documents):
     return encoded
 
 
-def finish(corpus, tokenizer, recipe, files):
-    """Publish the token files and, last, meta.json."""
-    for split, file in files.items():
-        if file.n_tokens == 0:
+def finish(corpus, tokenizer, recipe, preparation):
+    """Publish the last token files and, after them, meta.json."""
+    for split, files in preparation.splits.items():
+        if files.n_tokens == 0:
             name = recipe.input or recipe.dataset
             raise UserError(f"{name} gives no tokens for the {split} split: it is empty or too short to divide")
     meta = describe(
         tokenizer.to_meta(),
         tokenizer.token_bytes(),
-        files["train"].dtype,
-        {split: file.facts() for split, file in files.items()},
+        preparation.splits["train"].dtype,
+        preparation.finish(),
         dataset=recipe.dataset,
         variant=recipe.variant,
         tokenizer_vocab_size=recipe.tokenizer_vocab_size,
         source=corpus.source(),
-        input=None if corpus.input is None else {"name": corpus.input.resolve().name, "bytes": bytes_at(corpus.input)},
+        revision=preparation.header["revision"],
+        input=facts_of_input(corpus),
     )
-    if (recipe.folder / "meta.json").exists():
-        return  # another process made it meanwhile; the same corpus gives the same files
-    for file in files.values():
-        file.publish()
     write_json(recipe.folder / "meta.json", meta)
+    preparation.done()
 
 
 # -- what the user sees
@@ -300,9 +350,12 @@ def finish(corpus, tokenizer, recipe, files):
 
 @contextmanager
 def progress_bar(quiet=False):
-    """A function advance(what, n_bytes, expected_bytes) that moves a bar on stderr, one for each `what`."""
+    """A function advance(what, n_bytes, expected_bytes, already=0) that moves a bar on stderr, one for each `what`.
+
+    `already` bytes were done by an earlier process: they count for the bar and not for its speed.
+    """
     if quiet or not sys.stderr.isatty():
-        yield lambda what, n_bytes, expected_bytes: None
+        yield lambda what, n_bytes, expected_bytes, already=0: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -311,9 +364,9 @@ def progress_bar(quiet=False):
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks = {}
 
-        def advance(what, n_bytes, expected_bytes):
+        def advance(what, n_bytes, expected_bytes, already=0):
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=expected_bytes)
+                tasks[what] = progress.add_task(what, total=expected_bytes, completed=already)
             progress.advance(tasks[what], n_bytes)
 
         yield advance
@@ -329,6 +382,8 @@ def summary_of(folder):
     for split in SPLITS:
         facts = meta["splits"][split]
         counts = [f"{facts[name]:,} {name}" for name in ("tokens", "bytes", "documents") if facts[name] is not None]
+        n_files = len(shards_of(meta, split))
+        counts += [f"{n_files} files"] if n_files > 1 else []
         lines.append(f"  {split:5s} {', '.join(counts)}")
     return "\n".join(lines)
 
@@ -343,6 +398,11 @@ def prepare_from_command_line(dataset, description, arguments=None):
     parser.add_argument("--tokenizer", help=f"{', '.join(TOKENIZER_REGISTRY)}; default {corpus.tokenizer}")
     parser.add_argument("--tokenizer_vocab_size", type=int, help="for bpe, unigram and wordpiece")
     parser.add_argument("--data_dir", default=str(Path(__file__).resolve().parent / "data"), help="where datasets live")
+    parser.add_argument(
+        "--shard_tokens", type=int, default=TrainConfig.shard_tokens,
+        help="tokens in each file of a split that is longer than one; default %(default)s"
+    )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="read the prepared files and compare every checksum")
     if dataset == "text":
         parser.add_argument("--describe", metavar="FOLDER", help="write meta.json for token files made elsewhere")
         parser.add_argument("--vocab_size", type=int, help="with --describe, for tokens of an unknown tokenizer")
@@ -351,8 +411,16 @@ def prepare_from_command_line(dataset, description, arguments=None):
     if getattr(options, "describe", None):
         folder = describe_token_files(options.describe, options.tokenizer, options.vocab_size, options.dtype)
     else:
+        settings = SimpleNamespace(dataset=dataset, **vars(options))
         try:
-            folder = prepare(SimpleNamespace(dataset=dataset, **vars(options)))
+            folder = prepare(settings)
         except KeyboardInterrupt:
-            raise UserError("interrupted; nothing was kept, run it again to start over") from None
+            folder = recipe_of(settings).folder
+            kept = (
+                what_is_kept(folder) if (folder / PROGRESS).exists() else "nothing was kept, run it again to start over"
+            )
+            raise UserError(f"interrupted; {kept}") from None
+    if options.check:
+        for split in SPLITS:
+            check_shards(folder, read_meta(folder), split, checksums=True)
     print(summary_of(folder))

@@ -101,6 +101,15 @@ def _flops(module, config):
     return linear + (module.mixing_flops(config.block_size) if hasattr(module, "mixing_flops") else 0)
 
 
+def kernels_not_taken(resolved):
+    """['mamba plain: mamba_ssm is not installed (pip install mamba-ssm)', ...], a line for each part with a reason."""
+    lines = []
+    for part, refused in resolved.get("kernels_not_taken", {}).items():
+        reasons = "; ".join(f"{kernel} {reason}" for kernel, reason in refused.items())
+        lines.append(f"{part} {resolved['kernels'][part]}: {reasons}")
+    return lines
+
+
 def startup_report(model, flops, peak, place, settings, dataset, resolved, unused):
     """The report as one string.
 
@@ -134,6 +143,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
         ("memory", f"about {human_bytes(sum(memory.values()))}: "
                    + ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())),
     ]  # fmt: skip
+    rows += [("kernels", line) for line in kernels_not_taken(resolved)]
     rows += [("note", f"{name}={value!r} is read by no chosen part") for name, value in unused.items()]
     if config.warmup_iters >= steps:
         rows.append(("note", f"warmup_iters={config.warmup_iters} outlasts the run: learning_rate is never reached"))

@@ -1,12 +1,15 @@
 """Local text files as a stream of texts: .txt, .jsonl (field "text") and .parquet (column "text").
 
     for text, ends_document in read_texts(Path("pages.jsonl")): ...
+    for text, ends_document, place in read_placed_texts(path, place=saved): ...        # goes on behind that text
 
-A long .txt comes in pieces of about a million characters, of which only the last ends its document. Line ends become
-"\\n" and a byte order mark goes, so that a text is the same on every system.
+A place is JSON: a byte offset, a row, or a count of texts: a .txt is read again up to it, the others are not. A long
+.txt comes in pieces of about a million characters, of which only the last ends its document. Line ends become "\\n" and
+a byte order mark goes, so that a text is the same on every system.
 """
 
 import json
+from itertools import islice
 
 from training_tokenizers import last_cut
 from user_errors import UserError
@@ -32,12 +35,19 @@ def text_files(path):
 
 def read_texts(path, separator=None):
     """Yield (text, ends_document) of one file."""
+    return ((text, ends) for text, ends, _ in read_placed_texts(path, separator))
+
+
+def read_placed_texts(path, separator=None, place=None):
+    """Yield (text, ends_document, place) of one file; a place that was yielded goes on behind its text."""
     kind = kind_of_file(path)
     if kind == ".jsonl":
-        return ((text, True) for text in read_json_lines(path))
+        return ((text, True, after) for text, after in read_json_lines(path, *(place or ())))
     if kind == ".parquet":
-        return ((text, True) for text in read_parquet(path))
-    return read_plain_text(path, separator)
+        return ((text, True, after) for text, after in read_parquet(path, place or 0))
+    n_read = place or 0
+    texts = islice(read_plain_text(path, separator), n_read, None)
+    return ((text, ends, after) for after, (text, ends) in enumerate(texts, n_read + 1))
 
 
 def read_plain_text(path, separator):
@@ -89,10 +99,12 @@ def file_contains(path, separator):
     return separator in next(read_characters(path), "")
 
 
-def read_json_lines(path):
-    """Yield field 'text' of each line."""
+def read_json_lines(path, offset=0, n_lines=0):
+    """Yield (field 'text', [offset behind the line, its number]) of each line behind an offset in bytes."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        file.seek(offset)
+        for number, line in enumerate(file, n_lines + 1):
+            offset += len(line)
             if not line.strip():
                 continue
             try:
@@ -101,22 +113,37 @@ def read_json_lines(path):
                 raise UserError(f"line {number} of {path} is not JSON ({error}); mend or remove it") from error
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise UserError(f"line {number} of {path} has no field 'text' that holds a string; rename or add it")
-            yield row["text"]
+            yield row["text"], [offset, number]
 
 
-def read_parquet(path):
-    """Yield column 'text' of each row, a thousand rows in memory at a time."""
+def read_parquet(path, n_read=0):
+    """Yield (column 'text', number of rows so far) of each row behind the first n_read, a thousand rows in memory."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError("reading .parquet needs pyarrow: pip install pyarrow, or give .txt or .jsonl") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # else it holds whole files
             if "text" not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{path} has no column 'text' (it has: {names}); rename the one to read")
-            for batch in file.iter_batches(batch_size=1000, columns=["text"]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+            row, groups = groups_behind(file.metadata, n_read)
+            for batch in file.iter_batches(batch_size=1000, row_groups=groups, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if row > n_read and text is not None:
+                        yield text, row
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a readable parquet file ({error}); replace it") from error
+
+
+def groups_behind(metadata, n_read):
+    """(rows before them, the row groups that hold anything behind the first n_read rows)."""
+    row = 0
+    for group in range(metadata.num_row_groups):
+        n_rows = metadata.row_group(group).num_rows
+        if row + n_rows > n_read:
+            return row, list(range(group, metadata.num_row_groups))
+        row += n_rows
+    return row, []

@@ -290,6 +290,63 @@ def test_escape():
     assert escape("a_b|c\n`d`") == "a\\_b\\|c \\`d\\`"
 
 
+# -- models that are judged by another number than the loss
+
+
+def encoder(folder, name, pseudo_perplexity, loss, **changes):
+    """A run of masked_lm, as train.py leaves it."""
+    scoring = changes.pop("scoring", {"ranked_by": "pseudo_perplexity", "tokens": 1024})
+    scores = {"final_val_loss": loss, "bits_per_byte": None, "masked_accuracy": 0.5}
+    scores |= {} if pseudo_perplexity is None else {"pseudo_perplexity": pseudo_perplexity}
+    make_run(folder, name, scores, objective="masked_lm", resolved__scoring=scoring, **changes)
+
+
+def test_encoders_are_ranked_by_pseudo_perplexity_whatever_their_loss(tmp_path):
+    encoder(tmp_path, "low-loss", 9.0, 1.0, n_layer=3)
+    encoder(tmp_path, "good", 7.5, 1.5)
+    encoder(tmp_path, "unmeasured", None, 0.5, n_layer=4)
+    two_runs(tmp_path)
+    for sort in (None, "final_val_loss", "best_val_loss", "bits_per_byte", "pseudo_perplexity"):
+        ranking, causal = rank(find_runs(tmp_path)[0], sort)
+        assert [place for place, _ in ranking.places()] == ["1", "2", "-"]
+        assert [each.label for each in ranking.ranked] == ["good", "low-loss"] and ranking.sort == "pseudo_perplexity"
+        assert [each.label for each in causal.ranked] == ["llama", "gpt2"] or sort in ("best_val_loss", "bits_per_byte")
+        assert causal.sort != "pseudo_perplexity"
+    assert ranking.columns[-1].name == "hours" and {*OF_ONE_OBJECTIVE} <= {column.name for column in ranking.columns}
+    assert not {*OF_ONE_OBJECTIVE} & {column.name for column in causal.columns}
+    _, problems = find_runs(tmp_path)
+    assert problems == ["unmeasured: its pseudo_perplexity is not a finite number; it is not ranked"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 220])
+def test_encoders_are_listed_apart_with_the_reason(tmp_path, width):
+    encoder(tmp_path, "good", 7.5, 1.5)
+    encoder(tmp_path, "unmeasured", None, 0.5, n_layer=4)
+    two_runs(tmp_path)
+    text = shown(rank(find_runs(tmp_path)[0]), width=width)
+    flat = " ".join(text.split())
+    assert "NOT COMPARABLE: 2 separate rankings" in flat
+    assert width < 100 or "objective: the losses measure different tasks" in flat
+    assert "masked_lm: good, unmeasured · causal_lm: gpt2, llama" in flat or width < 100
+    assert "masked_lm, by pseudo perplexity" in flat and "causal_lm, by final loss" in flat
+    assert "7.5000" in text and "50.0%" in text
+
+
+def test_scores_of_other_tokens_are_not_ranked_together(tmp_path):
+    encoder(tmp_path, "few", 7.5, 1.5, scoring={"ranked_by": "pseudo_perplexity", "tokens": 64})
+    encoder(tmp_path, "many", 9.0, 1.0)
+    assert len(rank(find_runs(tmp_path)[0])) == 2
+
+
+def test_differences_of_encoders_are_stated_in_pseudo_perplexity(tmp_path):
+    for seed, shift in ((1, 0.0), (2, 0.01), (3, 0.02)):
+        encoder(tmp_path, f"a{seed}", 8 + shift, 1.5, seed=seed)
+        encoder(tmp_path, f"b{seed}", 9 + 2 * shift, 1.0, seed=seed, normalization="layernorm")
+    text = shown(rank(find_runs(tmp_path)[0]), width=220)
+    assert "paired by seed, pseudo-perplexity" in text
+    assert "+1.0100 ± 0.0248 over 3 seeds: separable" in text
+
+
 # -- plots
 
 

@@ -30,7 +30,7 @@ from training_config import TrainConfig
 from user_errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG_FILES = sorted((ROOT / "config").glob("*.py"))
+CONFIG_FILES = sorted(path for path in (ROOT / "config").glob("*.py") if not path.stem.startswith("sweep_"))
 
 
 @pytest.fixture

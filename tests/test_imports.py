@@ -30,6 +30,7 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "training": ["training_*"],
     "saving and judging": ["training_checkpoint", "training_logger", "training_report", "eval_*", "model_interop"],
     "comparison": ["comparison_*"],
+    "sweeps": ["sweep_*"],
     "scripts": SCRIPTS,
 }
 ORDER = [*LAYERS]

@@ -9,24 +9,20 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixer_attention import MIXER_REGISTRY
-from mixer_mamba import (
-    CausalConv,
-    Mamba,
-    Mamba2,
-    selective_scan,
-    selective_scan_recurrent,
-    ssd_chunked,
-    ssd_recurrent,
+from mamba_helpers import (
+    TOLERANCES,
+    assert_all_close,
+    mamba2_inputs,
+    mamba_inputs,
+    random,
+    runs_of,
 )
-from mixer_short_conv import ShortConv, document_runs
+from mixer_attention import MIXER_REGISTRY
+from mixer_mamba import Mamba, Mamba2
+from mixer_mamba_scan import selective_scan_recurrent, ssd_recurrent
 from model_builder import ConfigurableGPT, initialise, parameter_plan
 from user_errors import UserError
 
-LENGTHS = [1, 2, 7, 8, 9, 63, 64, 65, 130]
-TOLERANCES = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
-by_length = pytest.mark.parametrize("T", LENGTHS)
-by_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 by_documents = pytest.mark.parametrize("documents", [False, True], ids=["one-text", "documents"])
 by_mixer = pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 
@@ -40,16 +36,6 @@ MIXERS = {
     "mamba2-heads-are-groups": {"d_state": 4, "headdim": 8, "ngroups": 4, "chunk_size": 5, "conv_bias": False},
 }
 by_variant = pytest.mark.parametrize("variant", MIXERS)
-
-
-def random(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(dtype)
-
-
-def runs_of(batch, T):
-    """Document numbers, another cut in each row; some documents have one token."""
-    starts = torch.rand(batch, T, generator=torch.Generator().manual_seed(5)) < 0.15
-    return document_runs(starts.cumsum(1))
 
 
 @pytest.fixture
@@ -66,152 +52,6 @@ def make(tiny):
         return layer
 
     return mixer
-
-
-def outputs_and_gradients(function, inputs):
-    """[outputs ..., gradients of a fixed sum of them over all inputs]."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    outputs = [y for y in function(*inputs) if y is not None]
-    total = sum((y * torch.sin(torch.arange(y.numel(), dtype=y.dtype) + 1).view_as(y)).sum() for y in outputs)
-    return [*outputs, *torch.autograd.grad(total, inputs)]
-
-
-def assert_all_close(one, other, dtype=torch.float64):
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, **TOLERANCES[dtype])
-
-
-# ---- the scans against each other and against the equation ----------------------------------------------------------
-
-
-def mamba_inputs(T, dtype=torch.float64, batch=2, D=6, N=4):
-    dt = F.softplus(random(batch, T, D, dtype=dtype, seed=1))
-    A = -random(N, D, dtype=dtype, seed=2).exp()
-    x, B, C = random(batch, T, D, dtype=dtype), *(random(batch, T, N, dtype=dtype, seed=s) for s in (3, 4))
-    return [x, dt, A, B, C, random(batch, N, D, dtype=dtype, seed=5)]
-
-
-def mamba2_inputs(T, dtype=torch.float64, batch=2, H=6, P=3, G=2, N=4):
-    dt = F.softplus(random(batch, T, H, dtype=dtype, seed=1))
-    A = -random(H, dtype=dtype, seed=2).exp()
-    x, B, C = random(batch, T, H, P, dtype=dtype), *(random(batch, T, G, N, dtype=dtype, seed=s) for s in (3, 4))
-    return [x, dt, A, B, C, random(batch, G, N, H // G, P, dtype=dtype, seed=5)]
-
-
-@by_dtype
-@by_length
-@by_documents
-def test_the_fast_scan_equals_the_recurrent_one(T, dtype, documents):
-    keep = None
-    if documents:
-        runs = runs_of(2, T)
-        keep = F.pad(runs[:, 1:] == runs[:, :-1], (1, 0), value=True).to(dtype)
-    inputs = mamba_inputs(T, dtype)
-    forms = [lambda *i, f=f: f(*i, keep, 8) for f in (selective_scan, selective_scan_recurrent)]
-    assert_all_close(*(outputs_and_gradients(form, inputs) for form in forms), dtype)
-
-
-@by_dtype
-@by_length
-@by_documents
-@pytest.mark.parametrize("with_state", [True, False], ids=["from-a-state", "from-zero"])
-def test_ssd_in_chunks_equals_the_recurrent_one(T, dtype, documents, with_state):
-    runs = runs_of(2, T) if documents else None
-    *inputs, state = mamba2_inputs(T, dtype)
-    if with_state:
-        forms = [lambda *i, f=f: f(*i, runs, 16) for f in (ssd_chunked, ssd_recurrent)]
-        assert_all_close(*(outputs_and_gradients(form, [*inputs, state]) for form in forms), dtype)
-    else:
-        chunked = outputs_and_gradients(lambda *i: ssd_chunked(*i, None, runs, 16), inputs)
-        plain = outputs_and_gradients(lambda *i: ssd_recurrent(*i, torch.zeros_like(state), runs)[:1], inputs)
-        assert_all_close(chunked, plain, dtype)
-
-
-@pytest.mark.parametrize("scan", [selective_scan, selective_scan_recurrent])
-def test_mamba_is_the_textbook_selective_scan(scan):
-    # Gu & Dao 2023, algorithm 2 with eq. 4 and its note on B: one channel, one state, one token at a time.
-    x, dt, A, B, C, _ = mamba_inputs(9)
-    wanted = torch.zeros_like(x)
-    for b in range(x.size(0)):
-        for d in range(x.size(2)):
-            h = [0.0] * A.size(0)
-            for t in range(x.size(1)):
-                for n in range(A.size(0)):
-                    h[n] = math.exp(dt[b, t, d] * A[n, d]) * h[n] + (dt[b, t, d] * B[b, t, n] * x[b, t, d]).item()
-                wanted[b, t, d] = sum(C[b, t, n] * h[n] for n in range(A.size(0)))
-    y, last = scan(x, dt, A, B, C, torch.zeros(2, A.size(0), x.size(2), dtype=x.dtype), None, 4)
-    torch.testing.assert_close(y, wanted, **TOLERANCES[torch.float64])
-    torch.testing.assert_close(last[-1, :, -1], torch.tensor(h, dtype=x.dtype), **TOLERANCES[torch.float64])
-
-
-@pytest.mark.parametrize("scan", [ssd_chunked, ssd_recurrent])
-def test_mamba2_is_a_masked_attention_with_decay(scan):
-    # Dao & Gu 2024, eq. 16: y = (L * C B^T) (dt x), L_ts = product of the decays after s up to t; heads share B and C.
-    x, dt, A, B, C, state = mamba2_inputs(9)
-    wanted = torch.zeros_like(x)
-    for b in range(2):
-        for h in range(6):
-            for t in range(9):
-                for s in range(t + 1):
-                    decay = math.exp(sum(dt[b, r, h] * A[h] for r in range(s + 1, t + 1)))
-                    wanted[b, t, h] += C[b, t, h // 3] @ B[b, s, h // 3] * decay * dt[b, s, h] * x[b, s, h]
-    y, _ = scan(x, dt, A, B, C, torch.zeros_like(state), None, 4)
-    torch.testing.assert_close(y, wanted, **TOLERANCES[torch.float64])
-
-
-@pytest.mark.parametrize("size", [1e-6, 1.0, 50.0, 1e4])
-def test_any_decay_stays_finite_and_right_in_float32(size):
-    # exp(-dt A) would overflow at 50; a form that divides by products of decays gives nan here.
-    x, dt, A, B, C, state = mamba_inputs(65, torch.float32)
-    one = outputs_and_gradients(lambda *i: selective_scan(*i, None, 8), [x, size * dt, A, B, C, state])
-    wanted = outputs_and_gradients(selective_scan_recurrent, [x, size * dt, A, B, C, state])
-    assert_all_close(one, wanted, torch.float32)
-    x, dt, A, B, C, state = mamba2_inputs(65, torch.float32)
-    one = outputs_and_gradients(lambda *i: ssd_chunked(*i, None, 16), [x, size * dt, A, B, C, state])
-    wanted = outputs_and_gradients(ssd_recurrent, [t.double() for t in (x, size * dt, A, B, C, state)])
-    for a, b in zip(one, wanted, strict=True):
-        assert a.isfinite().all()
-        if size < 1e4:  # past that the gradient of A is the rounding of sums times dt
-            assert (a - b).abs().max() <= 1e-3 * b.abs().max().clamp(min=1)
-
-
-def test_the_scan_keeps_no_state_per_token():
-    inputs, sizes = [x.requires_grad_() for x in mamba_inputs(64)], []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        selective_scan(*inputs, None, 8)
-    assert max(sizes) <= 2 * 64 * 6  # a state per token would be 2 x 64 x 6 x 4
-
-
-def test_the_operator_is_what_it_says():
-    x, dt, A, B, C, state = mamba_inputs(9)
-    args = (*(t.requires_grad_() for t in (x, dt, B, C, A)), state, None, 4)
-    torch.library.opcheck(torch.ops.nanoarch.selective_scan.default, args)
-
-
-# ---- the short convolution ------------------------------------------------------------------------------------------
-
-
-@by_documents
-@pytest.mark.parametrize("K", [1, 2, 4])
-@pytest.mark.parametrize("T", [1, 2, 3, 9])
-def test_the_convolution_equals_conv1d(K, T, documents):
-    runs = runs_of(2, T) if documents else None
-    for bias in (True, False):
-        fast, plain = (kind(5, K, bias=bias).double() for kind in (CausalConv, ShortConv))
-        for parameter, other in zip(fast.parameters(), plain.parameters(), strict=True):
-            parameter.data.copy_(random(*parameter.shape))
-            other.data.copy_(parameter)
-        x, state = random(2, T, 5), random(2, K - 1, 5, seed=1)
-        for before in (None,) if documents else (None, state):
-            results = []
-            for conv in (fast, plain):
-                given = x.detach().requires_grad_()
-                y, _ = conv(given, before, runs)
-                total = (y * random(*y.shape, seed=2)).sum()
-                results.append([y, *torch.autograd.grad(total, [given, *conv.parameters()])])
-            assert_all_close(*results)
-        torch.testing.assert_close(fast(x, state)[1], torch.cat((state, x), dim=1)[:, T:], rtol=0, atol=0)
 
 
 # ---- the mixers -----------------------------------------------------------------------------------------------------

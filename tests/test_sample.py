@@ -138,6 +138,18 @@ def test_a_character_that_the_run_does_not_know_is_named(workshop):
     assert "'ï'" in sentence
 
 
+def test_a_run_that_fills_gaps_is_refused_with_what_can_be_done_instead(workshop, capsys):
+    workshop.run("--arch_preset=bert", "--objective=masked_lm", "--max_iters=2", "--sample_tokens=20", name="filler")
+    assert "no sample: with causal=False a model fills gaps" in capsys.readouterr().out
+    assert not (workshop.runs / "filler" / "sample.txt").exists()
+    sentence = workshop.refused(f"--runs_dir={workshop.runs}", "--run_name=filler", main=sample.main)
+    assert "run 'filler' has causal=False and objective='masked_lm'" in sentence
+    advice = sentence.partition("train.py ")[2].split()
+    assert advice == ["--init_from=resume", "--run_name=filler", "--eval_only"]
+    train.main([*advice, f"--runs_dir={workshop.runs}"])
+    assert "pseudo_perplexity" in capsys.readouterr().out
+
+
 def flip(path):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1

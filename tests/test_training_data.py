@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import training_prepare
+from training_corpora import Corpus
 from training_data import (
     IGNORE_INDEX,
     BatchStream,
@@ -283,6 +284,21 @@ def test_token_files_of_another_program_are_described_then_used(tmp_path):
     assert dataset.train.tolist() == tokens.tolist() and dataset.tokenizer.name == "byte"
     with pytest.raises(UserError, match="nothing to describe"):
         describe_token_files(folder, tokenizer="byte")
+
+
+def test_several_files_of_another_program_are_one_split(tmp_path):
+    tokens = np.arange(1000, dtype="<u2") % 90
+    for i, part in enumerate(np.split(tokens, [300, 700])):
+        part.tofile(tmp_path / f"train_{i:06d}.bin")
+    tokens.tofile(tmp_path / "val.bin")
+    dataset = Dataset(describe_token_files(tmp_path, tokenizer="byte"))
+    facts = dataset.meta["splits"]
+    assert np.array_equal(dataset.train, tokens) and facts["train"]["sha256"] == facts["val"]["sha256"]
+    assert facts["train"]["bytes"] == facts["val"]["bytes"] and len(facts["train"]["shards"]) == 3
+    (tmp_path / "meta.json").unlink()
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=r"train\.bin and train_000000\.bin"):
+        describe_token_files(tmp_path, tokenizer="byte")
 
 
 def test_tokens_of_an_unknown_tokenizer_train_but_have_no_text(tmp_path):
@@ -610,24 +626,22 @@ def test_encoding_holds_few_chunks_at_a_time(monkeypatch, tmp_path):
     """A corpus larger than memory works because reading never runs far ahead of writing."""
     read, written, ahead = [0], [0], []
 
-    class Corpus:
-        ends_documents = True
-
+    class Endless(Corpus):
         def documents(self):
             for _ in range(300):
                 read[0] += 1
                 yield "train", "x" * 100, True
 
-        def expected_bytes(self):
-            return None
+    class Written:
+        place, n_bytes = None, 0
 
-    class File:
-        def append(self, encoded):
-            written[0] += encoded.n_documents
+        def append(self, encoded, place):
+            written[0] += encoded["train"].n_documents
             ahead.append(read[0] - written[0])
+            assert place == written[0]
 
     tokenizer = TOKENIZER_REGISTRY["byte"].learn()
-    training_prepare.encode_corpus(Corpus(), tokenizer, {"train": File()}, 2, 100, lambda *args: None)
+    training_prepare.encode_corpus(Endless(), tokenizer, Written(), 2, 100, lambda *args: None)
     assert written[0] == 300 and max(ahead) <= 5
 
 

@@ -139,6 +139,13 @@ def test_lines_of_progress(capsys):
     )
 
 
+def test_scores_of_the_objective_are_shown_by_their_names(capsys):
+    row = {"step": 7, "val_loss": 2.25, "perplexity": None, "bits_per_byte": None, "tokens_processed": 1234}
+    logger.ConsoleLogger(10).evaluation({**row, "masked_accuracy": 0.25, "pseudo_perplexity": 8.0}, False)
+    shown = "step  7/10  val 2.2500  masked_accuracy 0.2500  pseudo_perplexity 8.0000  1.23k tokens\n"
+    assert capsys.readouterr().out == shown
+
+
 def test_on_a_terminal_a_step_is_written_over_and_an_evaluation_stays(capsys, monkeypatch):
     monkeypatch.setattr(logger.sys.stdout, "isatty", lambda: True, raising=False)
     shown_rows(logger.ConsoleLogger(1000))

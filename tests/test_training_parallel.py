@@ -74,6 +74,12 @@ objective = "signalling"
 """
 
 
+ENCODER = (
+    "--arch_preset=bert", "--objective=masked_lm", "--dropout=0.0", "--batch_size=2", "--gradient_accumulation_steps=4",
+    "--pseudo_perplexity_tokens=21",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def ranks(book, tmp_path_factory):
     """(Workshop, what was printed) after two ranks went through the commands."""
@@ -82,6 +88,7 @@ def ranks(book, tmp_path_factory):
     resume = (f"--runs_dir={shop.runs}", "--init_from=resume", "--max_iters=8")
     commands = [
         shop.command("--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4", name="ddp"),
+        shop.command(*ENCODER, name="encoder"),
         shop.command("--gradient_accumulation_steps=3", name="uneven"),
         shop.command(*dropout, name="straight"),
         shop.command(*dropout, "--max_iters=4", name="halved"),
@@ -117,6 +124,15 @@ def test_two_ranks_train_what_one_does(ranks, workshop):
     for name, tensor in weights(together, 10).items():
         torch.testing.assert_close(tensor, weights(alone, 10)[name], rtol=0, atol=1e-4)
     assert read_json(together / "config.json")["resolved"]["world_size"] == 2
+
+
+def test_two_ranks_hide_and_score_what_one_does(ranks, workshop):
+    together, alone = ranks[0].runs / "encoder", workshop.run(*ENCODER)
+    assert [row["loss"] for row in rows(together, "train")] == pytest.approx(
+        [row["loss"] for row in rows(alone, "train")], abs=1e-5
+    )
+    for name in ("final_val_loss", "masked_accuracy", "pseudo_nats", "tokens_supervised"):
+        assert summary(together)[name] == pytest.approx(summary(alone)[name], abs=1e-5), name
 
 
 def test_only_one_rank_speaks_and_writes(ranks):

@@ -78,7 +78,7 @@ def test_the_lines_of_the_tree_add_up(tiny, changes, head_fraction):
     assert cost == pytest.approx(flops.forward, rel=0.01) and number(forward) == pytest.approx(flops.forward, rel=0.01)
 
 
-def report(tiny, unused=None, tokenizer="byte", model=None, **train):
+def report(tiny, unused=None, tokenizer="byte", model=None, resolved=None, **train):
     settings = Settings(
         tiny(**(model or {})), TrainConfig(**{"max_iters": 10, "warmup_iters": 2, "batch_size": 4, **train}), [], {}
     )
@@ -92,6 +92,7 @@ def report(tiny, unused=None, tokenizer="byte", model=None, **train):
         "compile": "off",
         "device_name": "Abacus",
         "kernels": {"attention": "sdpa"},
+        **(resolved or {}),
     }
     place = Place(torch.device("cpu"), "float32", tf32=False)
     peak = HardwarePeak(1e9, "counted on fingers")
@@ -108,6 +109,14 @@ def test_it_says_what_is_about_to_happen(tiny):
     ):  # fmt: skip
         assert words in text
     assert "note" not in text
+
+
+def test_it_says_why_a_kernel_is_not_used(tiny):
+    reasons = {"mamba": {"mamba_ssm": "is not installed (pip install mamba-ssm)", "triton": "needs CUDA"}}
+    text = report(tiny, resolved={"kernels": {"mamba": "plain", "linear": "onednn"}, "kernels_not_taken": reasons})
+    assert "compile off, mamba plain, linear onednn" in text
+    line = "kernels      mamba plain: mamba_ssm is not installed (pip install mamba-ssm); triton needs CUDA"
+    assert line in text.splitlines()
 
 
 def test_it_mentions_what_has_no_effect(tiny):

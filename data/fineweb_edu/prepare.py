@@ -4,9 +4,11 @@
     python data/fineweb_edu/prepare.py --variant=sample-100BT
     python data/fineweb_edu/prepare.py --input=shards/              # .parquet files that you have
 
-Streamed shard by shard by `datasets` (pip install datasets): only the tokens stay on disk.
+Streamed by `datasets` (pip install datasets): only the tokens stay on disk, in files of --shard_tokens (100 million).
+Interrupted by Ctrl-C, a kill or a lost network, the same command goes on behind the last whole file.
 
-    sample-10BT: about 9.7 million pages, 10 billion GPT-2 tokens; one page in 2,000 validates, about 5 million tokens
+    sample-10BT: about 9.7 million pages, 10 billion GPT-2 tokens; about one page in 2,000, chosen by its text,
+    validates: about 5 million tokens
     Source: huggingface.co/datasets/HuggingFaceFW/fineweb-edu.  License: ODC-By 1.0
 """
 

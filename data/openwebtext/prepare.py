@@ -3,9 +3,11 @@
     python data/openwebtext/prepare.py                          # 40 GB of text become 18 GB of tokens: hours
     python data/openwebtext/prepare.py --input=pages/           # .jsonl or .parquet with a field "text", or .txt
 
-Streamed by `datasets` (pip install datasets): only the tokens stay on disk.
+Streamed by `datasets` (pip install datasets): only the tokens stay on disk, in files of --shard_tokens (100 million).
+Interrupted by Ctrl-C, a kill or a lost network, the same command goes on behind the last whole file.
 
-    8,013,769 pages, about 9.0 billion GPT-2 tokens; one page in 2,000 validates: 4,006 pages, about 4.4 million tokens
+    8,013,769 pages, about 9.0 billion GPT-2 tokens; about one page in 2,000, chosen by its text, validates: about
+    4,000 pages, 4.4 million tokens
     Source: huggingface.co/datasets/Skylion007/openwebtext.  License: CC0-1.0 for the packaging
 """
 

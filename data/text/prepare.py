@@ -4,7 +4,8 @@
     python data/text/prepare.py --input=pages.jsonl --tokenizer=bpe --tokenizer_vocab_size=8192
     python train.py --dataset=text --input=mybook.txt                                 # prepares, then trains
 
-From 100 documents on, every tenth validates; below that, the last tenth of the text does.
+A split of more than --shard_tokens (100 million) tokens lies in several files; interrupted, the same command goes on
+behind the last whole one. From 100 documents on, every tenth validates; below that, the last tenth of the text does.
 
 Token files that another program made (nanoGPT's train.bin and val.bin) need only be described:
 
