@@ -243,6 +243,33 @@ HF_CLASS_REGISTRY["Olmo2ForCausalLM"] = replace(
     },
 )
 
+# Jiang et al. 2024: LLaMA's block with experts for FFNs. How their load is evened out is the objective's business here.
+HF_CLASS_REGISTRY["MixtralForCausalLM"] = replace(
+    LLAMA,
+    config="MixtralConfig",
+    always={**LLAMA_SETTINGS, "ffn_type": "moe"},
+    rules=[
+        *LLAMA_RULES,
+        HEAD_DIM,
+        window(),
+        Same("intermediate_size", "ffn_hidden"),
+        Choice("hidden_act", "expert_type", GATES),
+        Same("num_local_experts", "n_experts"),
+        Same("num_experts_per_tok", "experts_per_token"),
+        Must("router_jitter_noise", 0.0),
+    ],
+    ignored=("output_router_logits", "router_aux_loss_coef"),
+    block_weights={
+        **LLAMA.block_weights,
+        "moe": rows(
+            ("mlp.gate", "ffn.router"),
+            ("mlp.experts.gate_up_proj", "ffn.experts.up"),
+            ("mlp.experts.down_proj", "ffn.experts.down"),
+        ),
+    },
+    needs=("moe",),
+)
+
 
 # ---- state space models: a mixer in each block, no FFN, no order to encode, no longest text --------------------------
 

@@ -30,6 +30,7 @@ COMMON_KEYS = (
 SAME_FUNCTION = (
     "arch_preset", "model_size", "dropout", "attention_backend", "init_std", "recurrence", "chunk_size", "dt_min",
     "dt_max", "dt_init_floor", "dt_init", "dt_scale", "a_init_min", "a_init_max",
+    "load_balance_loss", "router_z_loss", "capacity_factor",
 )  # fmt: skip
 
 
@@ -420,6 +421,7 @@ IN_PARTS = {  # {setting that may be None or a ratio: (slot, attribute) that say
 }  # fmt: skip
 SAID_OTHERWISE = (
     "part_options", "ffn_type", "ffn_multiplier", "ffn_multiple_of", "queries_per_kv_head",
+    "expert_hidden",
 )  # fmt: skip
 IDLE = {  # {option: (setting, its values that leave the option without effect)}
     "qk_norm_scope": ("qk_norm", (False,)),

@@ -79,6 +79,9 @@ SHAPES = {
     "mamba2-groups-tied": ("Mamba2ForCausalLM", dict(
         MAMBA2, n_groups=2, use_bias=True, use_conv_bias=False, tie_word_embeddings=True)),
     "mamba2-narrow": ("Mamba2ForCausalLM", dict(MAMBA2, hidden_size=12, expand=1, head_dim=3, conv_kernel=2)),
+    "mixtral": ("MixtralForCausalLM", dict(LLAMA, num_local_experts=4, num_key_value_heads=2)),
+    "mixtral-window-three": ("MixtralForCausalLM", dict(
+        LLAMA, num_local_experts=5, num_experts_per_tok=3, sliding_window=4, head_dim=6, tie_word_embeddings=True)),
     "bert": ("BertForMaskedLM", BERT),
     "bert-relu-untied": ("BertForMaskedLM", dict(
         BERT, hidden_act="relu", num_attention_heads=1, type_vocab_size=3, tie_word_embeddings=False)),
@@ -245,6 +248,7 @@ REFUSED_CONFIGS = [
     ("olmo2", {"attention_bias": True}, "attention_bias=True"),
     ("mamba", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("mamba2", {"time_step_limit": (0.0, 0.1)}, "time_step_limit=.*0.1"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
     ("bert", {"is_decoder": True}, "is_decoder=True"),
     ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
     ("hybrid", {"num_local_experts": 4}, "num_local_experts=4"),
@@ -310,6 +314,9 @@ HELD_BY = [  # (settings, class)
     ({"arch_preset": "qwen3", "sliding_window": 5}, "Qwen3ForCausalLM"),
     ({"arch_preset": "olmo2"}, "Olmo2ForCausalLM"),
     ({"arch_preset": "bert"}, "BertForMaskedLM"),
+    ({"arch_preset": "moe"}, "MixtralForCausalLM"),
+    ({"arch_preset": "moe", "n_experts": 3, "expert_hidden": 10, "expert_type": "geglu", "capacity_factor": 1.0},
+     "MixtralForCausalLM"),
     ({"arch_preset": "mamba"}, "MambaForCausalLM"),
     ({"arch_preset": "mamba", "n_head": 3, "recurrence": "recurrent"}, "MambaForCausalLM"),
     ({"arch_preset": "mamba2", "d_state": 8}, "Mamba2ForCausalLM"),
@@ -363,6 +370,10 @@ HELD_BY_NONE = [  # (settings, what the sentence says)
     ({"arch_preset": "mamba2", "normalization": "layernorm"}, "normalization='layernorm'"),
     ({"arch_preset": "llama", "block_pattern": "attention/swiglu,attention/geglu"}, "block_pattern='attention/swiglu,"),
     ({"arch_preset": "llama", "block_pattern": "attention,attention/none"}, "block_pattern='attention,attention/none'"),
+    ({"arch_preset": "moe", "n_shared_experts": 1}, "n_shared_experts=1"),
+    ({"arch_preset": "moe", "router_score": "sigmoid"}, "router_score='sigmoid'"),
+    ({"arch_preset": "moe", "router_bias_rate": 0.1}, "router_bias_rate=0.1"),
+    ({"arch_preset": "moe", "expert_type": "standard"}, "expert_type='standard'"),
     ({"arch_preset": "lstm"}, "block_pattern='lstm/none'"),
     ({"block_pattern": "attention,mamba/none"}, "block_pattern='attention,mamba/none'"),
     ({"arch_preset": "mamba_hybrid"}, "block_pattern='mamba,local_attention'"),
