@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from mixer_attention import MIXER_REGISTRY, Mixer
 from mixer_mamba_scan import goes_on, selective_scan, selective_scan_recurrent, ssd_chunked, ssd_recurrent
 from mixer_short_conv import ShortConv, document_runs
-from model_components import Norm
+from model_components import RMSNorm
 from user_errors import UserError
 
 # ---- the mixers -----------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Mamba(StateSpaceMixer):
         x, B, C, A = (_at_least_float32(tensor) for tensor in (x, B, C, -self.A_log.exp().t()))
         keep = None if runs is None else goes_on(runs, x.dtype)
         y, after = self.scan(x, dt, A, B, C, None if state is None else state["ssm"], keep)
-        y = (y + self.D * x).to(z.dtype) * F.silu(z)
+        y = torch.addcmul(y, x, self.D).to(z.dtype) * F.silu(z)
         return self.out_proj(y), {"conv": conv_state, "ssm": after}
 
     def init_state(self, batch, device=None, dtype=None):
@@ -198,7 +198,7 @@ class Mamba2(StateSpaceMixer):
         x = x.reshape(batch, T, self.n_heads, self.headdim)
         B, C, A = B.reshape(batch, T, G, N), C.reshape(batch, T, G, N), -_at_least_float32(self.A_log).exp()
         y, after = self.scan(x, dt, A, B, C, None if state is None else state["ssm"], runs)
-        y = (y + self.D[:, None] * x).reshape(batch, T, -1).to(z.dtype)
+        y = torch.addcmul(y, x, self.D[:, None]).reshape(batch, T, -1).to(z.dtype)
         return self.out_proj(self.norm(y, z)), {"conv": conv_state, "ssm": after}
 
     def init_state(self, batch, device=None, dtype=None):
@@ -229,7 +229,7 @@ class Mamba2(StateSpaceMixer):
         return (2 * Q * (self.ngroups * N + D) + between) * math.ceil(T / Q) * Q / T
 
 
-class GatedRMSNorm(Norm):
+class GatedRMSNorm(RMSNorm):
     """RMSNorm of x silu(z) over each group of channels (Mamba-2, figure 6): no norm reaches across groups."""
 
     def __init__(self, width, config, ngroups):
@@ -238,6 +238,8 @@ class GatedRMSNorm(Norm):
 
     def forward(self, x, z):
         x = _at_least_float32(x) * F.silu(_at_least_float32(z))
+        if self.ngroups == 1:
+            return super().forward(x).to(z.dtype)
         normed = F.rms_norm(x.unflatten(-1, (self.ngroups, -1)), (x.size(-1) // self.ngroups,), None, self.eps)
         return self.weight * normed.flatten(-2).to(z.dtype)
 

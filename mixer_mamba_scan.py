@@ -194,72 +194,167 @@ def ssd_chunked(x, dt, A, B, C, state=None, runs=None, chunk_size=64):
         if runs is not None:
             runs = torch.cat((runs, runs[:, -1:].expand(-1, n * Q - T)), dim=1)
     runs = None if runs is None else runs.view(batch, n, Q)
-    written = (x * dt[..., None]).view(batch, n, Q, H, P)
     B, C = (tensor.view(batch, n, Q, G, N).transpose(2, 3) for tensor in (B, C))  # (B, n, G, Q, N)
     total = _running_sum((dt * A).view(batch, n, Q, H), runs).transpose(2, 3).contiguous()  # (B, n, H, Q)
-    y = _within_chunks(written, B, C, total, runs)
-    if n > 1 or state is not None:
-        read, state = _across_chunks(written, B, C, total, runs, state)
-        y = torch.cat((y[:, : n - read.size(1)], y[:, n - read.size(1) :] + read), dim=1)
+    dt = dt.view(batch, n, Q, H).transpose(2, 3)
+    weights = _chunk_weights(total, dt, runs)
+    y, state = ChunkedSSD.apply(x.view(batch, n, Q, H, P), *weights, B, C, _blind(Q, runs, total.device), state)
     return y.reshape(batch, n * Q, H, P)[:, :T], state
 
 
-def _within_chunks(written, B, C, total, runs):
-    """y_l = sum over s <= l of exp(total_l - total_s) (C_l . B_s) written_s: (B, n, Q, H, P)."""
-    Q = total.size(-1)
-    blind = torch.ones(Q, Q, dtype=torch.bool, device=total.device).triu(1)
-    if runs is not None:
-        blind = (blind | (runs[..., :, None] != runs[..., None, :]))[:, :, None]
-    scores = DecayedScores.apply(C @ B.transpose(-1, -2), total, blind)
-    return (scores @ written.transpose(2, 3)).transpose(2, 3)
+def _chunk_weights(total, dt, runs):
+    """What the parts of a chunk are scaled by, from the running sums `total` and dt (B, n, H, Q).
 
-
-class DecayedScores(torch.autograd.Function):
-    """scores_ls exp(total_l - total_s), 0 where `blind`: (B, n, G, Q, Q) and (B, n, H, Q) -> (B, n, H, Q, Q).
-
-    Backward knows that the derivative by the exponent is the result itself, which spares it half of its passes.
+    (query, key) with exp(query_l - key_s) = exp(total_l - total_s) dt_s from token s to token l; to_end from a token to
+    the chunk's end, dt included; from_start from its start to a token; through (B, n, H) from its start to its end.
     """
-
-    @staticmethod
-    def forward(ctx, scores, total, blind):
-        decay = (total[..., :, None] - total[..., None, :]).masked_fill_(blind, float("-inf")).exp_()  # (B, n, H, Q, Q)
-        decayed = scores[:, :, :, None] * decay.unflatten(2, (scores.size(2), -1))  # (B, n, G, R, Q, Q)
-        ctx.save_for_backward(decay, decayed)
-        return decayed.flatten(2, 3)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        decay, decayed = ctx.saved_tensors
-        grad_scores = (grad * decay).reshape(decayed.shape).sum(3)
-        grad_exponent = grad * decayed.flatten(2, 3)
-        return grad_scores, grad_exponent.sum(-1) - grad_exponent.sum(-2), None
-
-
-def _across_chunks(written, B, C, total, runs, state):
-    """What tokens read of chunks before theirs: exp(total_l) C_l h, with h <- exp(total_Q) h + what the chunk leaves.
-
-    Without a first state the last m = n - 1 chunks read one, with it all m = n: (B, m, Q, H, P), and the last state.
-    """
-    (batch, n, Q, H, P), (G, N) = written.shape, (B.size(2), B.size(4))
-    to_end, from_start, after_all = (total[..., -1:] - total).exp(), total.exp(), total[..., -1].exp()
+    key = total - dt.clamp_min(torch.finfo(dt.dtype).tiny).log()
+    to_end, from_start, through = (total[..., -1:] - total).exp() * dt, total.exp(), total[..., -1].exp()
     if runs is not None:  # what crosses a boundary is lost
         last = runs[..., -1]  # (B, n)
         before = torch.cat((runs[:, :1, 0], last[:, :-1]), dim=1)
         to_end = to_end * (runs == last[..., None])[:, :, None]
         from_start = from_start * (runs == before[..., None])[:, :, None]
-        after_all = after_all * (last == before)[..., None]
-    m = n - 1 if state is None else n
-    left = (written[:, :m] * to_end[:, :m].transpose(2, 3)[..., None]).view(batch, m, Q, G, -1).transpose(2, 3)
-    left = (B[:, :m].transpose(-1, -2) @ left).view(batch, m, G, N, -1, P)
-    states = []  # those that the last m chunks read, (B, G, N, R, P)
-    for left_c, after_c in zip(left.unbind(1), after_all[:, :m].view(batch, m, G, 1, -1, 1).unbind(1), strict=True):
-        states.append(state)
-        state = left_c if state is None else after_c * state + left_c
-    states, state = (states, state) if states[0] is not None else ([*states[1:], state], None)
-    read = C[:, n - m :] @ torch.stack(states, dim=1).flatten(-2)  # (B, m, G, Q, R P)
-    read = read.transpose(2, 3).reshape(batch, m, Q, H, P)
-    return read * from_start[:, n - m :].transpose(2, 3)[..., None], state
+        through = through * (last == before)[..., None]
+    return total, key, to_end, from_start, through
+
+
+def _blind(Q, runs, device):
+    """Bool (Q, Q) or (B, n, 1, Q, Q): what row l may not read."""
+    blind = torch.ones(Q, Q, dtype=torch.bool, device=device).triu(1)
+    return blind if runs is None else (blind | (runs[..., :, None] != runs[..., None, :]))[:, :, None]
+
+
+class ChunkedSSD(torch.autograd.Function):
+    """y_l = sum over s <= l of exp(query_l - key_s) (C_l . B_s) x_s + from_start_l C_l h, with h the state before.
+
+    x (B, n, Q, H, P); query, key, to_end, from_start (B, n, H, Q) and through (B, n, H) of _chunk_weights; B, C
+    (B, n, G, Q, N); state (B, G, N, R, P) or None -> y (B, n, Q, H, P), the last state or None. All n chunks read a
+    state where there is a first one, else the last n - 1. Backward is written out: on a CPU the time goes into passes
+    over memory, and it makes half as many as autograd's.
+    """
+
+    @staticmethod
+    def forward(ctx, x, query, key, to_end, from_start, through, B, C, blind, state):
+        (batch, n, Q, H, P), (G, N) = x.shape, (B.size(2), B.size(4))
+        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.first = first = 1 if state is None else 0  # the first chunk that reads a state
+        decay = (query[..., :, None] - key[..., None, :]).masked_fill_(blind, float("-inf")).exp_()  # (B, n, H, Q, Q)
+        scores = C @ B.transpose(-1, -2)
+        decayed = (scores[:, :, :, None] * decay.unflatten(2, (G, -1))).flatten(2, 3)
+        x_heads = x.transpose(2, 3).contiguous()  # (B, n, H, Q, P)
+        y = (decayed @ x_heads).transpose(2, 3)
+        states = read = last = None
+        if n > first:
+            left = B[:, : n - first].transpose(-1, -2) @ _in_groups(
+                x[:, : n - first] * _beside(to_end, 0, n - first), G
+            )
+            states, last = _pass_on(left.view(batch, -1, G, N, H // G, P), through.view(batch, n, G, 1, -1, 1), state)
+            read = (C[:, first:] @ states.flatten(-2)).transpose(2, 3).reshape(batch, -1, Q, H, P)
+            y[:, first:].addcmul_(read, _beside(from_start, first, n))
+        ctx.save_for_backward(x, x_heads, decay, decayed, to_end, from_start, through, B, C, states, read)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_last):
+        with torch.autocast(ctx.saved_tensors[0].device.type, ctx.autocast[1], ctx.autocast[0]):
+            return ChunkedSSD.gradients(ctx, grad, grad_last)
+
+    @staticmethod
+    def gradients(ctx, grad, grad_last):
+        x, x_heads, decay, decayed, to_end, from_start, through, B, C, states, read = ctx.saved_tensors
+        (batch, n, Q, H, P), G, first = x.shape, B.size(2), ctx.first
+        grad_heads = grad.transpose(2, 3).contiguous()  # (B, n, H, Q, P)
+        grad_decayed = grad_heads @ x_heads.transpose(-1, -2)
+        grad_exponent = grad_decayed * decayed  # the derivative of exp is exp
+        grad_query, grad_key = grad_exponent.sum(-1), -grad_exponent.sum(-2)
+        grad_scores = (grad_decayed * decay).unflatten(2, (G, -1)).sum(3)
+        grad_C, grad_B = grad_scores @ B, grad_scores.transpose(-1, -2) @ C
+        grad_x = (decayed.transpose(-1, -2) @ grad_heads).transpose(2, 3)
+        if states is None:
+            return grad_x, grad_query, grad_key, None, None, None, grad_B, grad_C, None, None
+        grad = grad[:, first:]
+        grad_from_start = _later((grad * read).sum(-1), first)
+        grad_read = _in_groups(grad * _beside(from_start, first, n), G)  # (B, m, G, Q, R P)
+        grad_C[:, first:] += grad_read @ states.flatten(-2).transpose(-1, -2)
+        grad_states = (C[:, first:].transpose(-1, -2) @ grad_read).view_as(states)
+        grad_left, grad_through, grad_state = _pass_back(
+            grad_states, states, through.view(batch, n, G, 1, -1, 1), grad_last
+        )
+        to_end_x, m = _beside(to_end, 0, n - first), n - first
+        grad_B[:, :m] += _in_groups(x[:, :m] * to_end_x, G) @ grad_left.flatten(-2).transpose(-1, -2)
+        grad_written = (B[:, :m] @ grad_left.flatten(-2)).transpose(2, 3).reshape(batch, m, Q, H, P)
+        grad_to_end = _earlier((grad_written * x[:, :m]).sum(-1), n)
+        grad_x[:, :m].addcmul_(grad_written, to_end_x)
+        grad_through = grad_through.view(batch, n, H)
+        return (
+            grad_x,
+            grad_query,
+            grad_key,
+            grad_to_end,
+            grad_from_start,
+            grad_through,
+            grad_B,
+            grad_C,
+            None,
+            grad_state,
+        )
+
+
+def _in_groups(x, G):
+    """(B, m, Q, H, P) -> (B, m, G, Q, R P)."""
+    return x.unflatten(3, (G, -1)).flatten(-2).transpose(2, 3)
+
+
+def _beside(weights, start, end):
+    """Weights (B, n, H, Q) of chunks start to end, to stand beside x: (B, end - start, Q, H, 1)."""
+    return weights[:, start:end].transpose(2, 3)[..., None]
+
+
+def _earlier(x, n):
+    """(B, m, Q, H) of the first m chunks -> (B, n, H, Q), zeros after."""
+    return F.pad(x.transpose(2, 3), (0, 0, 0, 0, 0, n - x.size(1)))
+
+
+def _later(x, before):
+    """(B, m, Q, H) of the last m chunks -> (B, before + m, H, Q), zeros before."""
+    return F.pad(x.transpose(2, 3), (0, 0, 0, 0, before, 0))
+
+
+def _pass_on(left, through, state):
+    """h <- through h + left over the chunks: the states that chunks read (B, m, G, N, R, P), and the last, or None.
+
+    Without a first state chunk 1 is the first to read one, what chunk 0 left, and no last state is made.
+    """
+    if state is None:
+        states = torch.empty_like(left)
+        states[:, 0] = left[:, 0]
+        for c in range(1, left.size(1)):
+            torch.addcmul(left[:, c], through[:, c], states[:, c - 1], out=states[:, c])
+        return states, None
+    states = [state]
+    for c in range(left.size(1)):
+        states.append(torch.addcmul(left[:, c], through[:, c], states[-1]))
+    return torch.stack(states[:-1], dim=1), states[-1]
+
+
+def _pass_back(grad_states, states, through, grad_last):
+    """Gradients of `left`, of `through` (B, n, G, 1, R, 1) and of the first state, or None, for _pass_on."""
+    n, m = through.size(1), states.size(1)
+    grad_through = torch.zeros_like(through)
+    if m < n:  # states[c] is what chunks 0 to c left
+        grad_left = grad_states.clone()
+        for c in reversed(range(1, m)):
+            grad_through[:, c] = (grad_left[:, c] * states[:, c - 1]).sum((2, 4), keepdim=True)
+            grad_left[:, c - 1].addcmul_(through[:, c], grad_left[:, c])
+        return grad_left, grad_through, None
+    grad_left, carried = torch.empty_like(grad_states), grad_last
+    for c in reversed(range(n)):
+        grad_left[:, c] = carried
+        grad_through[:, c] = (carried * states[:, c]).sum((2, 4), keepdim=True)
+        carried = torch.addcmul(grad_states[:, c], through[:, c], carried)
+    return grad_left, grad_through, carried
 
 
 def _running_sum(x, runs):

@@ -19,11 +19,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mixer_attention import MIXER_REGISTRY, Mixer
-from model_components import ACTIVATION_REGISTRY, FFN_REGISTRY, NORM_REGISTRY, POSITION_ENCODING_REGISTRY, Norm
+from model_components import (
+    ACTIVATION_REGISTRY,
+    FFN_REGISTRY,
+    NORM_REGISTRY,
+    POSITION_ENCODING_REGISTRY,
+    Norm,
+    WithFindings,
+)
 from model_config import GPT2_VOCAB_SIZE
 from registry import options_of
 from user_errors import UserError
 
+importlib.import_module("model_moe")  # registers itself
 # A new mixer_*.py registers itself by lying beside this file: adding a part edits no list.
 for _path in sorted(Path(__file__).parent.glob("mixer_*.py")):
     importlib.import_module(_path.stem)
@@ -201,6 +209,7 @@ class ConfigurableGPT(nn.Module):
         self.final_norm = norm(config.n_embd, config) if self._needs_final_norm else None
         self.head_transform = HeadTransform(config) if config.head_transform else None
         self.head = nn.Linear(config.n_embd, vocab_size, bias=config.head_transform)
+        self._finding = [(name, part) for name, part in self.named_modules() if isinstance(part, WithFindings)]
         initialise(self, seed)
 
     @property
@@ -252,6 +261,36 @@ class ConfigurableGPT(nn.Module):
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
         return logits, loss
+
+    # -- what parts find beside their output: losses of their own, counts (see `WithFindings`)
+
+    def listen(self):
+        """From here to `take_findings`, keep what parts find."""
+        for _, part in self._finding:
+            part.is_heard, part.found = True, None
+
+    def take_findings(self):
+        """(auxiliary loss per token, {part: its counts}) of the forward since `listen`; 0.0 and {} where none spoke."""
+        loss, counts = 0.0, {}
+        for name, part in self._finding:
+            if part.found is not None:
+                loss, counts[name] = loss + part.found[0], part.found[1]
+            part.is_heard, part.found = False, None
+        return loss, counts
+
+    def after_step(self, counts):
+        """Hand each part its counts of an optimizer step, summed over micro-batches and ranks."""
+        for name, part in self._finding:
+            if name in counts:
+                part.after_step(counts[name])
+
+    def report(self, counts):
+        """Counts summed over any time -> {name: {part: number or list}}, for a logged row."""
+        rows = {}
+        for name, part in self._finding:
+            for key, value in (part.report(counts[name]) if name in counts else {}).items():
+                rows.setdefault(key, {})[name] = value
+        return rows
 
     # -- one token at a time
 
@@ -397,7 +436,7 @@ class ParameterSpec:
     group: str  # token embedding, position embedding, mixer, ffn, norm, head transform or head: for the ledger
     init: str  # normal, residual, zeros, ones, or own: the part does it
     weight_decay: bool
-    is_matrix: bool  # a linear weight inside a block: what Muon takes
+    is_matrix: bool  # a linear weight inside a block: what Muon takes (stacked ones go to AdamW)
 
 
 def parameter_plan(model):
@@ -423,8 +462,8 @@ def parameter_plan(model):
 
 
 def _declarations(model):
-    """{'no_weight_decay' | 'own_init' | 'residual_out': full parameter names that some module declares}."""
-    declared = {"no_weight_decay": set(), "own_init": set(), "residual_out": set()}
+    """{kind of declaration: full parameter names that some module declares}."""
+    declared = {"no_weight_decay": set(), "own_init": set(), "residual_out": set(), "linear_weights": set()}
     for path, module in model.named_modules():
         for kind, names in declared.items():
             for name in getattr(module, kind, ()):
@@ -451,7 +490,7 @@ def _init_rule(owner, leaf, name, declared):
         return "ones" if leaf == "weight" else "zeros"
     if isinstance(owner, nn.Linear):
         return "normal" if leaf == "weight" else "zeros"
-    if isinstance(owner, nn.Embedding):
+    if isinstance(owner, nn.Embedding) or name in declared["linear_weights"]:
         return "normal"
     raise DeclarationError(f"{type(owner).__name__}.{leaf} ({name}) has no initialisation: declare it in `own_init`")
 
@@ -484,9 +523,10 @@ def initialise(model, seed):
             else:
                 values = torch.empty(spec.shape, device="cpu").normal_(0.0, std, generator=seeded(seed, spec.name))
                 parameter.copy_(values)
+        tensors = {**parameters, **dict(model.named_buffers())}
         for path, module in model.named_modules():
-            own = [parameters.get(f"{path}.{name}" if path else name) for name in getattr(module, "own_init", ())]
-            if any(parameter is not None and not parameter.is_meta for parameter in own):
+            own = [tensors.get(f"{path}.{name}" if path else name) for name in getattr(module, "own_init", ())]
+            if any(tensor is not None and not tensor.is_meta for tensor in own):
                 module.init_own_parameters(seeded(seed, path))
 
 

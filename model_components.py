@@ -8,6 +8,7 @@ the meta device):
 
     no_weight_decay = ('A_log',)    never decayed, whatever their shape
     own_init = ('A_log',)           set by the part's own `init_own_parameters(generator)`
+    linear_weights = ('up',)        what a linear layer's weight is, perhaps several stacked: initialised and counted so
     residual_out = ('down.weight',) write to the residual stream: initialised smaller, with std / sqrt(2 n_layer)
 
 Weights of nn.Linear and nn.Embedding and the gains of norms need no declaration.
@@ -60,12 +61,19 @@ class LayerNorm(LayerNormNoBias):
     has_bias = True
 
 
+def rms_norm(x, weight, eps):
+    """x (..., C), weight (C,) -> (..., C), the plain path."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 @NORM_REGISTRY("rmsnorm")
 class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4)."""
 
+    kernel = staticmethod(rms_norm)  # kernels/ may put a faster one here
+
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.kernel(x, self.weight, self.eps)
 
 
 # ---- activations: elementwise ---------------------------------------------------------------------------------------
@@ -255,16 +263,44 @@ class ALiBi(PositionEncoding):
         return -slopes[:, None, None] * distance.unsqueeze(-3)
 
 
+# ---- what a part finds beside its output ----------------------------------------------------------------------------
+
+
+class WithFindings(nn.Module):
+    """A part whose forward finds more than its output: a loss of its own, and counts to log or to balance by.
+
+    It calls `find` in forward. The model listens while an objective runs it, so that what was found is taken once:
+    recomputation during backward, generation and evaluation leave no trace.
+    """
+
+    is_heard, found = False, None
+
+    def find(self, loss, counts):
+        """loss: scalar added to the training loss per token. counts: int64 (n,), summed over a step or longer."""
+        if self.is_heard:
+            self.found = (loss, counts)
+
+    def after_step(self, counts):
+        """After each optimizer step, with its counts summed over micro-batches and ranks: for a buffer to move."""
+
+    def report(self, counts):
+        """{name: number, or list of numbers}: counts summed since the last logged row, for that row to show."""
+        return {}
+
+
 # ---- FFNs: (B, T, C) -> (B, T, C) -----------------------------------------------------------------------------------
 
 
 class FFN(nn.Module):
     """A network applied at each position.
 
-    Linear weights inside are counted as they stand; an FFN that uses a part of them per token (MoE) says which.
+    Linear weights inside are counted as they stand; a module of which a token uses a part has `active_fraction`, and
+    one that keeps linear weights by itself names them in `linear_weights`.
     """
 
     residual_out = ("down.weight",)
+    # True where a token's neighbours decide how many rows are multiplied together, which may round its own differently
+    shapes_depend_on_data = False
 
     class Options:
         ffn_multiplier: float = 4.0  # hidden width over n_embd
@@ -279,6 +315,10 @@ class FFN(nn.Module):
                 raise UserError(f"{name}={getattr(o, name)} must be above 0")
         rounded = round(o.ffn_multiplier * config.n_embd / o.ffn_multiple_of) * o.ffn_multiple_of
         self.hidden = o.ffn_hidden or max(rounded, o.ffn_multiple_of)
+
+    def describe(self):
+        """What the startup report says after the name."""
+        return f"hidden {self.hidden}"
 
 
 @FFN_REGISTRY("standard")

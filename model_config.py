@@ -59,6 +59,7 @@ PRESETS = {
         "rope_theta": 5e5,
         "norm_eps": 1e-6,
     },  # OLMo team 2024
+    "moe": {**_LLAMA, "ffn_type": "moe"},  # Jiang et al. 2024, Mixtral: 8 experts, 2 for each token
     "residual_scaling": {**_LLAMA, "residual_scaling": "depth"},  # Yang et al. 2023: branches shrink with depth
     "bert": _BERT,  # Devlin et al. 2018: an encoder, for objective=masked_lm
     # -- linear attention and its kin
@@ -123,7 +124,7 @@ class ModelArchitectureConfig:
     position_encoding: str = "learned_absolute"  # learned_absolute, rope, alibi, none
     attention_backend: str = "sdpa"  # sdpa, flex, or manual: the equation written out
     norm_position: str = "pre"  # of each branch: pre, post (after the sum), output (before it), sandwich (pre + output)
-    ffn_type: str = "standard"  # standard, swiglu, geglu
+    ffn_type: str = "standard"  # standard, swiglu, geglu, moe
     bias: bool = False  # biases in the linear layers
     weight_tying: bool = True  # the output head shares the token embedding
     dropout: float = 0.0  # on the embedding, attention weights and both branches
@@ -191,11 +192,18 @@ class ModelArchitectureConfig:
             words.append("+".join(_LABELS.get(mixer, mixer) for mixer in self.mixers()))
         words += [_LABELS.get(self.position_encoding, self.position_encoding)]
         words += [_LABELS.get(self.normalization, self.normalization)]
-        activations = [self.activation if ffn == "standard" else ffn for ffn in ffns]
-        words += ["+".join("NoFFN" if name == "none" else _LABELS.get(name, name) for name in activations)]
+        words += ["+".join(map(self._ffn_label, ffns))]
         words += [_LABELS.get(self.norm_position, self.norm_position)]
         words += [] if self.causal else ["Bidirectional"]
         return "-".join(words)
+
+    def _ffn_label(self, name):
+        """'NoFFN', the activation of a standard FFN, or what the part says of itself, such as 'MoE8x2'."""
+        part = ALL_REGISTRIES.get("ffn_type", {}).get(name)
+        if hasattr(part, "label"):
+            return part.label(self)
+        name = self.activation if name == "standard" else name
+        return "NoFFN" if name == "none" else _LABELS.get(name, name)
 
     def summary(self):
         """The settings as lines 'name = value', for people."""

@@ -2,7 +2,7 @@
 
 The convention, printed beside the number wherever it appears (`CONVENTION`):
 - A multiply and an add are 2 FLOPs. Each weight of a linear layer, of a norm and each bias costs 2 per token; the tied
-  head counts once; reading an embedding table costs nothing.
+  head counts once; reading an embedding table costs nothing. Of experts those count that a token passes through.
 - Each mixer adds its own `mixing_flops(T)`: attention's scores without taking off the causal half (PaLM, appendix B), a
   window or a chunk as what it is. A recurrent layer pays nothing quadratic.
 - Training is 3 x forward. Recomputation is not counted.
@@ -95,19 +95,34 @@ def flops_per_token(model, context=None, head_fraction=1.0):
     """
     context = context or model.config.block_size
     linear, vectors = {}, 0.0
+    for path, weights, biases in linear_flops(model):
+        fraction = head_fraction if path.split(".")[0] in AFTER_THE_BLOCKS else 1.0
+        group = path.split(".")[2] if path.startswith("blocks.") else path
+        linear[group] = linear.get(group, 0.0) + weights * fraction
+        vectors += biases * fraction
     for path, module in model.named_modules():
-        fraction = _active_fraction(model, f"{path}.weight")
-        fraction *= head_fraction if path.split(".")[0] in AFTER_THE_BLOCKS else 1.0
-        if isinstance(module, nn.Linear):
-            group = path.split(".")[2] if path.startswith("blocks.") else path
-            linear[group] = linear.get(group, 0.0) + 2 * module.in_features * module.out_features * fraction
-            vectors += 2 * module.out_features * fraction if module.bias is not None else 0
-        elif isinstance(module, (Norm, ResidualScale)):
+        if isinstance(module, (Norm, ResidualScale)):
+            fraction = head_fraction if path.split(".")[0] in AFTER_THE_BLOCKS else 1.0
             vectors += 2 * sum(parameter.numel() for parameter in module.parameters()) * fraction
     mixing = {}
     for (name, _), block in zip(model.config.blocks(), model.blocks, strict=True):
         mixing[name] = mixing.get(name, 0.0) + block.mixer.mixing_flops(context)
     return FlopsPerToken(context, linear, vectors, mixing)
+
+
+def linear_flops(root):
+    """[(path, FLOPs of its weights, FLOPs of its biases)], per token and forward, of every linear layer inside `root`.
+
+    A module that keeps linear weights by itself names them in `linear_weights`; of experts the chosen ones count.
+    """
+    found = []
+    for path, module in root.named_modules():
+        is_linear = isinstance(module, nn.Linear)
+        weights = [module.weight] if is_linear else map(module.get_parameter, getattr(module, "linear_weights", ()))
+        cost = 2 * _active_fraction(root, f"{path}.weight")
+        biases = module.bias.numel() if is_linear and module.bias is not None else 0
+        found.append((path, cost * sum(weight.numel() for weight in weights), cost * biases))
+    return [(path, weights, biases) for path, weights, biases in found if weights]
 
 
 def count(config):

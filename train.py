@@ -35,7 +35,7 @@ from model_builder import ConfigurableGPT, parameter_plan, unused_options  # noq
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
 from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
 from training_ledger import Ledger  # noqa: E402
-from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, validation_scores  # noqa: E402
+from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, added, validation_scores  # noqa: E402
 from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
 from training_report import startup_report  # noqa: E402
 from user_errors import UserError, exit_on_user_error  # noqa: E402
@@ -185,7 +185,7 @@ def train(arguments, closing):
     stop = closing.enter_context(checkpoint.StopSignals())
     in_a_row = 0
     t_loop, first_step = time.perf_counter(), ledger.step
-    logged_at, since_log, waited = ledger.step, 0.0, 0.0
+    logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
 
     while ledger.step < total_steps:
         t0 = time.perf_counter()
@@ -195,14 +195,15 @@ def train(arguments, closing):
         # The loss of a step is one mean over its supervised tokens, however they are split into micro-batches and ranks
         n_tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in micro_batches)
         n_tokens = parallel.sum_over_ranks(n_tokens, place)
-        nats = 0.0
+        nats, counts = 0.0, {}
         for index, batch in enumerate(micro_batches):
             with parallel.gradient_sync(module, is_last=index + 1 == len(micro_batches)):
                 with place.autocast():
                     sums = module(batch)
                 scaler.scale(sums["loss"] * (place.world_size / n_tokens)).backward()  # DDP takes the mean over ranks
-            nats = nats + sums["nats"]
+            nats, counts = nats + sums["nats"], added(counts, sums.get("counts", {}))
         loss = parallel.sum_over_ranks(nats, place) / n_tokens
+        counts = parallel.sums_over_ranks(counts, place)
 
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -215,6 +216,7 @@ def train(arguments, closing):
         if is_finite:
             for optimizer in optimizers:
                 scaler.step(optimizer)
+            model.after_step(counts)
         scaler.update()
         ledger.step += 1
         for optimizer in optimizers:
@@ -227,7 +229,7 @@ def train(arguments, closing):
         ledger.stream_hash = stream.hash_after(ledger.step - 1, ledger.stream_hash)
         ledger.non_finite_steps += not is_finite
         in_a_row = 0 if is_finite else in_a_row + 1
-        since_log, waited = since_log + seconds, waited + wait
+        since_log, waited, logged_counts = since_log + seconds, waited + wait, added(logged_counts, counts)
 
         # -- log, save, evaluate: in this order, so that a crash in an evaluation loses nothing
         is_last = ledger.step == total_steps
@@ -240,13 +242,13 @@ def train(arguments, closing):
                 "tokens_per_second": speed, "mfu": mfu(flops.training, speed, peak, place.world_size),
                 "data_wait": waited / since_log, "train_seconds": ledger.train_seconds,
                 "epoch": stream.epoch(ledger.step), "non_finite_steps": ledger.non_finite_steps,
-                "peak_memory_bytes": parallel.peak_memory_bytes(place), **stats,
+                "peak_memory_bytes": parallel.peak_memory_bytes(place), **stats, **model.report(logged_counts),
             }  # fmt: skip
             if ledger.step > first_step + 1:
                 ledger.speeds.append(speed)
             eta = (time.perf_counter() - t_loop) / (ledger.step - first_step) * (total_steps - ledger.step)
             log.train(row, eta)
-            logged_at, since_log, waited = ledger.step, 0.0, 0.0
+            logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
         if in_a_row >= config.max_non_finite_steps:
             save()
             raise UserError(

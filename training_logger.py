@@ -327,7 +327,7 @@ def _scalars(row):
     scalars = {}
     for key, value in row.items():
         if isinstance(value, dict):
-            scalars.update({f"{key}/{name}": number for name, number in value.items()})
+            scalars.update({f"{key}/{name}": item for name, item in value.items() if not isinstance(item, list)})
         elif isinstance(value, (int, float)) and key not in ("step", "tokens_processed"):
             scalars[f"{row['kind']}/{key}"] = value
     return scalars

@@ -2,7 +2,8 @@
 
     objective = OBJECTIVE_REGISTRY['causal_lm'](model, train_config)
     batch = objective.prepare(batch, key)        # as the stream has it -> as the objective wants it, on the CPU
-    sums = objective(batch)      # {'loss': to differentiate, 'nats': cross-entropy, 'tokens': supervised tokens}
+    sums = objective(batch)      # {'loss': to differentiate, 'nats': cross-entropy, 'tokens': supervised tokens,
+                                 #  'counts': {part: what it counted}}
 
 A batch is a dict of tensors from `training_data`: 'inputs' (B, T), 'targets' (B, T) with IGNORE_INDEX where nothing is
 supervised, 'window' (B,), and where a dataset has them 'positions' and 'document_ids' (B, T).
@@ -58,6 +59,19 @@ class Objective(nn.Module):
         """batch -> {name: scalar sum over the batch}; 'loss' carries the gradient, 'tokens' is what to divide by."""
         raise NotImplementedError
 
+    def read(self, batch):
+        """batch -> (hidden states (B, T, C), auxiliary loss of the batch's tokens, {part: counts}).
+
+        Where a batch has 'places' (B, K), the hidden states are those there, (B, K, C). The auxiliary loss (an MoE's
+        balance) is per token and counts as often as the batch has supervised tokens, so that one division at the end
+        makes it a mean over micro-batches and ranks. It is for 'loss', never for 'nats'.
+        """
+        self.model.listen()
+        more = batch.get("positions"), batch.get("document_ids"), batch.get("places")
+        hidden = self.model.hidden_states(batch["inputs"], *more)
+        per_token, counts = self.model.take_findings()
+        return hidden, per_token * supervised_tokens(batch) if counts else 0.0, counts
+
     def cross_entropy(self, hidden, targets):
         """(loss, nats) of the output head on hidden (..., C), targets (...)."""
         head = self.model.head
@@ -90,9 +104,15 @@ class CausalLM(Objective):
             )
 
     def forward(self, batch):
-        hidden = self.model.hidden_states(batch["inputs"], batch.get("positions"), batch.get("document_ids"))
+        hidden, auxiliary, counts = self.read(batch)
         loss, nats = self.cross_entropy(hidden, batch["targets"])
-        return {"loss": loss, "nats": nats.detach(), "tokens": supervised_tokens(batch)}
+        sums = {"nats": nats.detach(), "tokens": supervised_tokens(batch), "counts": counts}
+        return {"loss": loss + auxiliary if counts else loss, **sums}
+
+
+def added(counts, more):
+    """{part: counts} of two micro-batches or steps as one."""
+    return {**counts, **{part: counts.get(part, 0) + count for part, count in more.items()}}
 
 
 @OBJECTIVE_REGISTRY("masked_lm")
@@ -150,10 +170,10 @@ class MaskedLM(Objective):
         return hidden_batch(batch, places, shown)
 
     def forward(self, batch):
-        more = batch.get("positions"), batch.get("document_ids")
-        hidden = self.model.hidden_states(batch["inputs"], *more, places=batch["places"])  # (B, K, C)
+        hidden, auxiliary, counts = self.read(batch)  # (B, K, C)
         loss, nats = self.cross_entropy(hidden, batch["targets"])
-        sums = {"loss": loss, "nats": nats.detach(), "tokens": supervised_tokens(batch)}
+        sums = {"nats": nats.detach(), "tokens": supervised_tokens(batch), "counts": counts}
+        sums["loss"] = loss + auxiliary if counts else loss
         if not self.training:
             sums["correct"] = n_correct(hidden, self.model.head, batch["targets"], self.config.loss_chunk_elements)
         return sums
@@ -360,7 +380,8 @@ def summed(objective, batches, validation, place):
         for batch in batches:
             n_bytes = validation.target_bytes(batch["targets"]) or 0
             sums = objective({name: tensor.to(place.device) for name, tensor in batch.items()})
-            sums = {name: value for name, value in sums.items() if name != "loss"} | {"bytes": torch.tensor(n_bytes)}
+            sums = {name: value for name, value in sums.items() if name not in ("loss", "counts")}
+            sums["bytes"] = torch.tensor(n_bytes)
             dtype = torch.float32 if place.device.type == "mps" else torch.float64
             total = total + torch.stack([value.to(place.device, dtype) for value in sums.values()])
     objective.train(was_training)

@@ -203,6 +203,15 @@ def sum_over_ranks(tensor, place):
     return tensor
 
 
+def sums_over_ranks(tensors, place):
+    """{name: integer tensor (n,)} -> the same of every rank added up, on every rank, in one exchange."""
+    if place.world_size == 1 or not tensors:
+        return tensors
+    sizes = [tensor.numel() for tensor in tensors.values()]
+    sums = sum_over_ranks(torch.cat(list(tensors.values())), place).split(sizes)
+    return dict(zip(tensors, sums, strict=True))
+
+
 def to_host(scalars, place):
     """Floats of several scalar tensors, waiting for the device once."""
     dtype = torch.float32 if place.device.type == "mps" else torch.float64

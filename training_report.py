@@ -1,8 +1,6 @@
 """What a run says on one screen before it starts: the architecture as a tree, its cost, the data, the place, memory."""
 
-import torch
-
-from model_flops import CONVENTION, state_bytes, training_memory_bytes
+from model_flops import CONVENTION, active_parameters, linear_flops, state_bytes, training_memory_bytes
 from training_parallel import DTYPES
 
 # ---- numbers for people ----------------------------------------------------------------------------------------------
@@ -61,9 +59,8 @@ def architecture_tree(model, flops):
             ("│  ", f"{kind[0]}  {block.mixer.describe()}", _parameters(block.mixer), _flops(block.mixer, config))
         )
         if block.ffn is not None:
-            hidden = getattr(block.ffn, "hidden", None)
             label = kind[1] + (f" ({config.activation})" if kind[1] == "standard" else "")
-            label += f"  hidden {hidden}" if hidden else ""
+            label += f"  {block.ffn.describe()}" if hasattr(block.ffn, "describe") else ""
             rows.append(("│  ", label, _parameters(block.ffn), _flops(block.ffn, config)))
         norms = _parameters(block) - _parameters(block.mixer) - (_parameters(block.ffn) if block.ffn is not None else 0)
         rows.append(("│  ", f"{config.normalization}, {config.norm_position}-norm", norms, 2 * norms))
@@ -84,6 +81,8 @@ def architecture_tree(model, flops):
         lines.append(f"{line:<52}{numbers}")
     total = sum(p.numel() for p in model.parameters())
     lines.append(f"{'in all, forward':<52}{total:>14,}{human_count(flops.forward):>14}")
+    if (active := active_parameters(model)) != total:
+        lines.append(f"{'of which a token passes through':<52}{active:>14,}")
     return lines
 
 
@@ -96,8 +95,7 @@ def _parameters(module):
 
 
 def _flops(module, config):
-    linear = sum(2 * m.weight.numel() + (2 * m.bias.numel() if m.bias is not None else 0)
-                 for m in module.modules() if isinstance(m, torch.nn.Linear))  # fmt: skip
+    linear = sum(weights + biases for _, weights, biases in linear_flops(module))
     return linear + (module.mixing_flops(config.block_size) if hasattr(module, "mixing_flops") else 0)
 
 

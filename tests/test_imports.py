@@ -22,7 +22,7 @@ SCRIPTS = ["train", "sample", "evaluate", "compare_architectures", "sweep", "ben
 LAYERS = {  # a file imports from its own layer and the ones before it; the first pattern that fits decides
     "settings": ["registry", "user_errors", "*_config"],
     "configurator": ["configurator"],
-    "components": ["model_components"],
+    "components": ["model_components", "model_moe"],
     "mixers": ["mixer_*"],
     "builder": ["model_builder"],
     "whole models": ["model_*"],
@@ -31,6 +31,7 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "saving and judging": ["training_checkpoint", "training_logger", "training_report", "eval_*", "model_interop"],
     "comparison": ["comparison_*"],
     "sweeps": ["sweep_*"],
+    "benchmarks": ["bench_*"],
     "scripts": SCRIPTS,
 }
 ORDER = [*LAYERS]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from kernels import attention, checks, cpu_linear, libraries
+from kernels import attention, checks, cpu_linear, cpu_norm, libraries
 from mixer_attention import MIXER_REGISTRY, ManualBackend, SDPABackend
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
@@ -83,6 +83,53 @@ def test_auto_takes_onednn_on_amd_and_only_when_the_check_passes(tiny, monkeypat
 def test_an_unknown_backend_is_refused(tiny):
     with pytest.raises(UserError, match="kernel_backend='plian' does not exist; did you mean 'plain'"):
         kernels.choose(ConfigurableGPT(tiny()), CPU, "plian")
+
+
+# ---- RMSNorm ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(4, 8), (2, 7, 24), (1, 1, 3), (2, 3, 4, 16)], ids=str)
+def test_fast_rmsnorm_equals_plain(shape, dtype):
+    leaves = [torch.randn(size, dtype=dtype, requires_grad=True) for size in (shape, shape[-1:])]
+    grad = torch.randn(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]  # not contiguous
+    results = []
+    for function in (cpu_norm.plain, cpu_norm.rms_norm):
+        y = function(*leaves, 1e-5)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, **tolerance)
+
+
+def test_fast_rmsnorm_leaves_other_tensors_to_the_plain_path(monkeypatch):
+    monkeypatch.setattr(cpu_norm.RMSNormFunction, "apply", lambda *_: pytest.fail("went the fast path"))
+    x, weight = torch.randn(3, 4), torch.ones(4)
+    assert cpu_norm.rms_norm(x.bfloat16(), weight, 1e-5).shape == x.shape
+    assert cpu_norm.rms_norm(x.to("meta"), weight.to("meta"), 1e-5).device.type == "meta"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cpu_norm.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(
+        cpu_norm.rms_norm(x.t(), torch.ones(3), 1e-5), cpu_norm.plain(x.t(), torch.ones(3), 1e-5)
+    )
+
+
+@pytest.mark.parametrize("pattern", ["attention", "mamba2/none"])
+def test_auto_takes_the_fast_rmsnorm_where_there_is_one(tiny, pattern, monkeypatch):
+    def model():
+        return ConfigurableGPT(tiny(normalization="rmsnorm", block_pattern=pattern, position_encoding="none"))
+
+    fast, plain = model(), model()
+    assert kernels.choose(fast, CPU, "auto")["norm"] == "fewer passes"
+    assert "norm" not in kernels.choose(plain, CPU, "plain")
+    idx = torch.randint(29, (2, 9))
+    for m in (plain, fast):
+        m(idx[:, :-1], idx[:, 1:])[1].backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert "norm" not in kernels.choose(ConfigurableGPT(tiny(normalization="layernorm")), CPU, "auto")
+    monkeypatch.setattr(cpu_norm, "equals_plain", lambda: False)
+    assert "norm" not in kernels.choose(model(), CPU, "auto")
 
 
 # ---- kernels for recurrences: the choice, on kernels made up for it -------------------------------------------------

@@ -36,6 +36,7 @@ PRESET_VALUES = {  # in the order of NINE
     "mistral": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
     "qwen3": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, True, 0.0),
     "olmo2": ("rmsnorm", "silu", "rope", "sdpa", "output", "swiglu", False, False, 0.0),
+    "moe": ("rmsnorm", "silu", "rope", "sdpa", "pre", "moe", False, False, 0.0),
     "residual_scaling": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
     "mamba_hybrid": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, True, 0.0),
     "mamba_hybrid_parallel": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, True, 0.0),

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from kernels import grouped
 from mixer_attention import Attention
 from model_builder import ConfigurableGPT
+from model_components import FFN_REGISTRY
 from model_config import PRESETS
 from model_helpers import scrambled
 from training_data import BatchStream, Prefetcher, load_dataset
@@ -35,7 +37,7 @@ def test_a_run_on_the_gpu_is_the_run_on_the_cpu(workshop, preset):  # noqa: F811
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("preset", ["gpt2", "llama", "mamba", "mamba2", "gated_delta_net", "lstm"])
+@pytest.mark.parametrize("preset", ["gpt2", "llama", "mamba", "mamba2", "gated_delta_net", "lstm", "moe"])
 def test_it_learns_in_every_precision(workshop, preset, dtype, compiled):  # noqa: F811
     folder = workshop.run(
         f"--arch_preset={preset}", f"--dtype={dtype}", f"--compile={compiled}", CUDA, "--max_iters=30"
@@ -95,6 +97,15 @@ def test_generation_with_a_state_equals_generation_without(tiny, preset):
     idx = torch.randint(29, (2, 5), device="cuda")
     with_state = model.generate(idx, 20, temperature=0)
     assert torch.equal(with_state, model.generate(idx, 20, temperature=0, use_cache=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_experts_as_grouped_products_equal_plain(tiny, dtype):
+    part = scrambled(FFN_REGISTRY["moe"](tiny(n_embd=64, expert_hidden=32), 0)).cuda().to(dtype)
+    assert grouped.equals_plain(part.experts, dtype, grouped._never)
+    if dtype == torch.bfloat16:  # the others are checked at start too, and used where they pass
+        assert grouped.equals_plain(part.experts, dtype, grouped._always)
+        assert grouped.install(part, torch.device("cuda")) == "grouped_mm"
 
 
 def test_too_large_a_batch_is_refused_in_a_sentence(workshop):  # noqa: F811

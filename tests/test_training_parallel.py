@@ -78,6 +78,7 @@ ENCODER = (
     "--arch_preset=bert", "--objective=masked_lm", "--dropout=0.0", "--batch_size=2", "--gradient_accumulation_steps=4",
     "--pseudo_perplexity_tokens=21",
 )  # fmt: skip
+MOE = ("--ffn_type=moe", "--n_experts=4", "--load_balance_loss=0.1", "--router_bias_rate=0.01")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,7 @@ def ranks(book, tmp_path_factory):
         shop.command("--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4", name="ddp"),
         shop.command(*ENCODER, name="encoder"),
         shop.command("--gradient_accumulation_steps=3", name="uneven"),
+        shop.command(*MOE, "--max_iters=9", "--batch_size=2", "--gradient_accumulation_steps=4", name="moe"),
         shop.command(*dropout, name="straight"),
         shop.command(*dropout, "--max_iters=4", name="halved"),
         [*resume, "--run_name=halved"],
@@ -133,6 +135,15 @@ def test_two_ranks_hide_and_score_what_one_does(ranks, workshop):
     )
     for name in ("final_val_loss", "masked_accuracy", "pseudo_nats", "tokens_supervised"):
         assert summary(together)[name] == pytest.approx(summary(alone)[name], abs=1e-5), name
+
+
+def test_what_experts_count_is_summed_over_ranks(ranks, workshop):
+    together = ranks[0].runs / "moe"
+    alone = workshop.run(*MOE, "--max_iters=9", "--batch_size=2", "--gradient_accumulation_steps=4")
+    for one, other in zip(rows(alone, "train"), rows(together, "train"), strict=True):
+        assert one["expert_load"] == other["expert_load"] and one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    bias = "blocks.0.ffn.choice_bias"
+    assert weights(alone, 9)[bias].any() and torch.equal(weights(alone, 9)[bias], weights(together, 9)[bias])
 
 
 def test_only_one_rank_speaks_and_writes(ranks):
