@@ -315,7 +315,7 @@ HELD_BY = [  # (settings, class)
     ({"arch_preset": "olmo2"}, "Olmo2ForCausalLM"),
     ({"arch_preset": "bert"}, "BertForMaskedLM"),
     ({"arch_preset": "moe"}, "MixtralForCausalLM"),
-    ({"arch_preset": "moe", "n_experts": 3, "expert_hidden": 10, "expert_type": "geglu", "capacity_factor": 1.0},
+    ({"arch_preset": "moe", "n_experts": 3, "expert_hidden": 12, "expert_type": "geglu", "capacity_factor": 1.0},
      "MixtralForCausalLM"),
     ({"arch_preset": "mamba"}, "MambaForCausalLM"),
     ({"arch_preset": "mamba", "n_head": 3, "recurrence": "recurrent"}, "MambaForCausalLM"),
