@@ -12,8 +12,8 @@ The tables of `model_interop_classes.py` say what is what. Reading and exporting
 """
 
 import argparse
-import contextlib
 import dataclasses
+import json
 import os
 import pickle
 import shutil
@@ -29,7 +29,7 @@ from model_config import FIELDS, ModelArchitectureConfig
 from model_interop_classes import NANOGPT
 from model_interop_rules import HF_CLASS_REGISTRY, SAME_FUNCTION, differences, resolved
 from registry import Registry, registered_options
-from training_tokenizers import load_tokenizer
+from training_tokenizers import TOKENIZER_FILE, load_tokenizer
 from user_errors import Parser, UserError, did_you_mean, exit_on_user_error
 
 INIT_REGISTRY = Registry("init_from", of="train")  # what stands before the colon of init_from=hf:gpt2
@@ -151,9 +151,9 @@ def from_hf(hf_model, **changes):
         UserError: another class, or a feature that nanoArch does not have.
     """
     name = type(hf_model).__name__
-    config = config_from_hf(hf_model.config, name)
-    model = ConfigurableGPT(_with_changes(config, changes, name)).to(hf_model.dtype).train(hf_model.training)
-    fill(dict(model.named_parameters()), to_ours(entry_of(name), dict(hf_model.named_parameters()), model))
+    entry, config = entry_of(name), config_from_hf(hf_model.config, name)
+    model = ConfigurableGPT(_with_changes(config, changes, entry, name)).to(hf_model.dtype).train(hf_model.training)
+    fill(dict(model.named_parameters()), to_ours(entry, dict(hf_model.named_parameters()), model))
     return model
 
 
@@ -291,18 +291,19 @@ def export_hf(checkpoint_folder, out_folder):
 
 
 def run_tokenizer(run_folder):
-    """The tokenizer of a run, or None where it has none that is known."""
-    with contextlib.suppress(UserError):
-        return load_tokenizer(run_folder)
+    """The tokenizer of a run, or None where nobody knows it: the dataset was made elsewhere."""
+    meta = json.loads((run_folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    return None if meta["name"] is None else load_tokenizer(meta)
 
 
 def save_tokenizer(transformers, tokenizer, folder, longest):
-    """tokenizer.json and tokenizer_config.json: the same ids for the same text."""
-    end = tokenizer.end_of_document_text
-    special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.to_library(), model_max_length=longest, clean_up_tokenization_spaces=False, **special
-    ).save_pretrained(folder)
+    """tokenizer.json and tokenizer_config.json, where the tokenizer has a form in the library."""
+    library, end = tokenizer.to_library(), tokenizer.end_of_document_text
+    if library is not None:
+        special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=library, model_max_length=longest, clean_up_tokenization_spaces=False, **special
+        ).save_pretrained(folder)
 
 
 # ---- init_from -------------------------------------------------------------------------------------------------------
@@ -348,14 +349,14 @@ def starting_point(settings):
     given = {name: value for name, value in settings.given.items() if name in FIELDS or name in options}
     if "block_size" in source.entry.unread:
         given.setdefault("block_size", settings.model.block_size)
-    config = _with_changes(source.config, given, f"init_from={settings.train.init_from}")
+    config = _with_changes(source.config, given, source.entry, f"init_from={settings.train.init_from}")
     return dataclasses.replace(settings, model=config), source
 
 
-def _with_changes(config, changes, where):
+def _with_changes(config, changes, entry, where):
     """`config` with the changes that leave its weights what they are; others are refused."""
     asked = config.replace(**changes)
-    if found := differences(resolved(asked), resolved(config), aside=("block_size",)):
+    if found := differences(resolved(asked), resolved(config), aside=("block_size", *entry.unread)):
         setting, value, there = found[0]
         raise UserError(f"{setting}={value!r} contradicts {where}, whose model has {setting}={there!r}; drop it")
     kept = {name: value for name, value in changes.items() if name in ("block_size", *SAME_FUNCTION)}
@@ -374,7 +375,7 @@ def open_hf(name):
     folder = Path(name) if Path(name).is_dir() else download(name)
     try:
         hf_config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a library that reads a stranger's file fails in many ways
         raise UserError(f"{folder} holds no configuration that can be read: {_first_line(error)}") from None
     class_name = (hf_config.architectures or [_class_by_type(hf_config)])[0]
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
@@ -397,7 +398,7 @@ def _hf_tensors(hf_class, folder):
     """{name: tensor} of a saved model, every parameter of which must be in its files."""
     try:
         hf_model, info = hf_class.from_pretrained(folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # see open_hf
         raise UserError(f"the weights in {folder} cannot be read: {_first_line(error)}") from None
     if info["missing_keys"]:
         raise UserError(f"the weights in {folder} lack {sorted(info['missing_keys'])[0]} of {hf_class.__name__}")

@@ -525,6 +525,15 @@ def test_an_exported_run_opens_elsewhere(transformers, workshop, architecture, t
     assert torch.equal(greedy, ours.generate(idx[:, :4], 6, temperature=0))
 
 
+def test_a_run_whose_tokenizer_nobody_knows_is_exported_without(transformers, workshop):
+    run = workshop.run("--max_iters=4")
+    (run / "tokenizer.json").write_text('{"name": null}', encoding="utf-8")
+    interop.export_hf(save_dir(run), workshop.folder / "out")
+    assert {path.name for path in (workshop.folder / "out").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors",
+    }  # fmt: skip
+
+
 def test_a_folder_that_cannot_be_exported_is_refused(workshop):
     run = workshop.run("--max_iters=4", "--position_encoding=alibi")
     checkpoint, out = save_dir(run), workshop.folder / "out"
@@ -607,7 +616,12 @@ def test_a_source_without_a_longest_text_takes_the_setting(transformers, worksho
     assert source[0].model.block_size == 256 and source[0].model.n_layer == 2
 
 
-def test_the_preset_of_the_same_architecture_may_be_named(workshop, hf_folder):
+def test_the_preset_of_the_same_architecture_may_be_named(transformers, tmp_path, hf_folder):
+    for name in ("llama", "mamba"):
+        hf_model(transformers, name).save_pretrained(tmp_path / name)
+        arguments = [f"--arch_preset={name}", f"--init_from=hf:{tmp_path / name}", f"--weight_tying={name == 'mamba'}"]
+        settings, _ = interop.starting_point(interop.configurator.read_settings(arguments))
+        assert settings.model.vocab_size == V
     arguments = ["--arch_preset=gpt2", "--activation=gelu_tanh", f"--init_from=hf:{hf_folder}"]
     settings, _ = interop.starting_point(interop.configurator.read_settings(arguments))
     assert settings.model.n_embd == 16 and settings.model.dropout == 0.0  # the preset's
@@ -632,6 +646,12 @@ def test_a_source_that_is_none_is_refused(workshop, hf_folder):
     lacking = workshop.folder / "lacking"
     lacking.mkdir()
     (lacking / "config.json").write_text((hf_folder / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    torn = workshop.folder / "torn"
+    shutil.copytree(hf_folder, torn)
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:500])
+    strange = workshop.folder / "strange"
+    strange.mkdir()
+    (strange / "config.json").write_text('{"model_type": "gpt2", "n_layer": "two"}', encoding="utf-8")
     other = workshop.folder / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"]}', encoding="utf-8")
@@ -643,6 +663,8 @@ def test_a_source_that_is_none_is_refused(workshop, hf_folder):
         "hf:nobody/nothing": "hf:nobody/nothing is no folder here, and no model of that name could be fetched",
         f"hf:{empty}": "holds no configuration that can be read",
         f"hf:{lacking}": "cannot be read",
+        f"hf:{torn}": "the weights in",
+        f"hf:{strange}": "holds no configuration that can be read",
         f"hf:{other}": "T5Model cannot be imported",
         "nanogpt:nowhere.pt": "init_from=nanogpt:nowhere.pt does not exist",
         f"nanogpt:{hf_folder / 'model.safetensors'}": "cannot be read as a checkpoint of nanoGPT",
