@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, F811 - book and workshop are fixtures
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -223,6 +224,40 @@ def test_a_key_that_nobody_knew_is_refused_unless_it_is_at_its_default(transform
 @by_class
 def test_every_class_has_shapes_here(name):
     assert [shape for shape, (cls, _) in SHAPES.items() if cls == name]
+
+
+# Published configurations as older versions wrote them: with keys that nothing reads, and RoPE spelt otherwise.
+PUBLISHED = {
+    "gpt2": (
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+         "n_layer": 12, "n_positions": 1024, "task_specific_params": {"text-generation": {"max_length": 50}},
+         "vocab_size": 50257},
+        {"block_size": 1024, "ffn_hidden": 3072, "activation": "gelu_tanh", "vocab_size": 50257, "weight_tying": True},
+    ),
+    "llama-3.1": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": [128001, 128008],
+         "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+         "vocab_size": 128256,
+         "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+                          "original_max_position_embeddings": 8192}},
+        {"rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_original_context": 8192, "rope_theta": 5e5,
+         "n_kv_head": 8, "head_dim": 128, "norm_eps": 1e-5},
+    ),
+    "mamba": (
+        {"model_type": "mamba", "d_inner": 1536, "d_model": 768, "fused_add_norm": True, "hidden_size": 768,
+         "num_hidden_layers": 2, "n_layer": 24, "ssm_cfg": {}, "rms_norm": True, "vocab_size": 50280},
+        {"n_layer": 2, "d_state": 16, "dt_rank": 48, "block_pattern": "mamba/none,mamba/none"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read(transformers, tmp_path, name):
+    values, wanted = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    own = resolved(interop.open_hf(tmp_path).config)
+    assert {setting: own[setting] for setting in wanted} == wanted
 
 
 # ---- what is refused on the way in -----------------------------------------------------------------------------------
