@@ -86,6 +86,14 @@ PRESETS = {
         "block_pattern": "mamba2+local_attention",
         "weight_tying": True,
     },  # Dong et al. 2024, Zuo et al. 2025: both in one block
+    "jamba": {
+        **_LLAMA,
+        "block_pattern": "mamba,mamba/moe,mamba,mamba/moe,attention,mamba/moe,mamba,mamba/moe",
+        "n_layer": 8,
+        "n_experts": 16,
+        "queries_per_kv_head": 4,
+        "position_encoding": "none",
+    },  # Lieber et al. 2024
     # -- recurrent networks
     "lstm": {**_MAMBA, "block_pattern": "lstm/none"},  # Hochreiter & Schmidhuber 1997, stacked with residuals
     "gru": {**_MAMBA, "block_pattern": "gru/none"},  # Cho et al. 2014

@@ -120,8 +120,8 @@ def untouched(model, after, before):
 
 def exact(variant):
     """The precision in which `untouched` compares a variant."""
-    ffn = {**PRESETS.get(VARIANTS[variant].get("arch_preset"), {}), **VARIANTS[variant]}.get("ffn_type", "standard")
-    return torch.float64 if FFN_REGISTRY[ffn].shapes_depend_on_data else torch.float32
+    ffns = {ffn for _, ffn in ModelArchitectureConfig(**VARIANTS[variant]).pattern()} - {"none"}
+    return torch.float64 if any(FFN_REGISTRY[ffn].shapes_depend_on_data for ffn in ffns) else torch.float32
 
 
 @every_causal_variant

@@ -38,6 +38,7 @@ PRESET_VALUES = {  # in the order of NINE
     "olmo2": ("rmsnorm", "silu", "rope", "sdpa", "output", "swiglu", False, False, 0.0),
     "moe": ("rmsnorm", "silu", "rope", "sdpa", "pre", "moe", False, False, 0.0),
     "residual_scaling": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, False, 0.0),
+    "jamba": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, False, 0.0),
     "mamba_hybrid": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, True, 0.0),
     "mamba_hybrid_parallel": ("rmsnorm", "silu", "rope", "sdpa", "pre", "swiglu", False, True, 0.0),
     "rnn": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),

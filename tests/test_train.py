@@ -76,6 +76,7 @@ def test_config_json_tells_the_whole_story(whole):
     assert "causal half" in config["flops"]["convention"]
     assert len(config["dataset"]["fingerprint"]) == 64 and config["dataset"]["tokenizer"] == "byte"
     assert config["resolved"]["device"] == "cpu" and config["resolved"]["kernels"]["attention"] == "sdpa"
+    assert "attention" not in config["resolved"]["kernels_not_taken"]
     assert config["resolved"]["tokens_per_step"] == 64 and config["resolved"]["dtype"] == "float32"
     assert config["versions"]["torch"] == torch.__version__
     assert set(config["git"]) == {"commit", "dirty"}
