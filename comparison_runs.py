@@ -39,7 +39,7 @@ RESOLVED = {
     "gradient_accumulation_steps", "max_iters", "max_tokens", "epochs", "device", "dtype", "tf32", "compile",
 }  # fmt: skip
 # The checks among the audit's that decide the weights.
-RESOLVED_TRAINING = ("tokens per step", "precision")
+RESOLVED_TRAINING = ("tokens per step", "precision", "initial weights")
 # Names for sets of other fields: `team` and `llama` are the same architecture.
 MODEL_LABELS = {"arch_preset", "model_size"}
 # Model fields that the data decides, and how the network is computed rather than what it is.
@@ -471,6 +471,8 @@ CHECKS = (
           lambda run: run.get("resolved", "tokens_per_step")),
     Check("block_size", "warns", "a longer context makes each token easier to predict",
           lambda run: run.get("model_config", "block_size")),
+    Check("initial weights", "warns", "trained before, at a cost that is not counted here",
+          lambda run: run.get("initial_weights", "source", default="random")),
     Check("precision", "warns", f"rounding differs; {SPEED}", precision),
     Check("device", "warns", SPEED,
           lambda run: run.get("resolved", "device_name", default=run.get("resolved", "device"))),

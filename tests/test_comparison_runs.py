@@ -206,6 +206,7 @@ AUDIT_CASES = [
     ("score", "voids", {"resolved__scoring": {"ranked_by": "pseudo_perplexity", "tokens": 1024}}),
     ("tokens per step", "warns", {"resolved__tokens_per_step": 1536}),
     ("block_size", "warns", {"block_size": 128}),
+    ("initial weights", "warns", {"initial_weights": {"source": "hf:gpt2"}}),
     ("precision", "warns", {"resolved__dtype": "bfloat16"}),
     ("precision", "warns", {"resolved__tf32": True}),
     ("threads", "warns", {"resolved__threads": 4}),
