@@ -43,6 +43,7 @@ class BenchConfig:
     seconds: float | None = None  # rounds until so many seconds have passed, in place of repeats
     decode_tokens: int = 64  # tokens to generate after a short prompt; 0 leaves decoding out
     contexts: str = ""  # also the cost of a token at these contexts, such as 512,8192
+    equal_tokens: bool = True  # contexts with as many tokens in each batch; False: with batch_size sequences in each
     parts: bool | str = False  # time single parts too, all or such as linear,rmsnorm
     out_dir: str = "benchmarks"  # where <device>.json is
 
@@ -229,11 +230,11 @@ def check_kernels(cases):
 
 
 def measure_contexts(config, cases, contexts, story):
-    """Forward and backward at every context, with the same tokens in each batch; {case key: record}."""
+    """Forward and backward at every context, in batches as equal_tokens says; {case key: record}."""
     records, table = {}, [["forward and backward, us/token", *(f"T = {T:,}" for T in contexts), "last to first"]]
     for case in cases:
         base = case.settings()
-        tokens = max(base.train.batch_size * base.model.block_size, *contexts)
+        tokens = max(base.train.batch_size * base.model.block_size, *contexts) if config.equal_tokens else None
         progress = Progress(f"{case.label} at {len(contexts)} contexts")
         with Workers([Job(case, context=T, tokens=tokens) for T in contexts]) as workers:
             functions = {worker.job.context: worker.forward_backward for worker in workers}
@@ -242,7 +243,7 @@ def measure_contexts(config, cases, contexts, story):
         growth = ratio(cost[contexts[-1]], cost[contexts[0]])
         records[workers[0].about["key"]] = {"contexts": {
             "seconds_per_token": {str(T): spread(cost[T]) for T in contexts}, "last_to_first": growth,
-            "tokens_in_a_batch": tokens, **story,
+            "tokens_in_a_batch": {str(w.job.context): w.about["tokens"] for w in workers}, **story,
         }}  # fmt: skip
         table.append([case.label, *(number(1e6 * spread(cost[T])["median"]) for T in contexts), times(growth)])
     print("\n" + "\n".join(aligned(table)))

@@ -72,7 +72,8 @@ class Candidate:
         if peer is None:
             self.name, self.generate = "nanoArch", lambda idx, n: ours.generate(idx, n, temperature=0)
             ours.to(place.device)
-            self.kernels = kernels.choose(ours, place.device, self.train.kernel_backend)
+            dtype = parallel.DTYPES[place.dtype]
+            self.kernels = kernels.choose(ours, place.device, self.train.kernel_backend, dtype)
             self.module, self.clip = OBJECTIVE_REGISTRY[self.train.objective](ours, self.train), clip_gradients
             make = OPTIMIZER_REGISTRY[self.train.optimizer]
             self.optimizers = make(plan, dict(ours.named_parameters()), self.train, place.device)
@@ -83,7 +84,9 @@ class Candidate:
         self.parameters = list(self.module.parameters())
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == "float16")
-        self.batch = random_batch(settings.model, sequences or self.train.batch_size, place.device)
+        batch = random_batch(settings.model, sequences or self.train.batch_size)
+        batch = batch if peer is not None else self.module.prepare(batch, self.train.seed)
+        self.batch = {name: tensor.to(place.device) for name, tensor in batch.items()}
         self.compiled = "off"
         if parallel.wants_compile(self.train, place):
             self.module, self.compiled = parallel.compile_module(self.module, self.batch, place)
@@ -148,11 +151,12 @@ def prompt_length(config):
     return min(PROMPT, max(1, config.block_size // 4))
 
 
-def random_batch(config, sequences, device):
-    """{'inputs', 'targets'} (B, T), the same for every candidate of a shape."""
+def random_batch(config, sequences):
+    """{'inputs', 'targets'} (B, T) and 'window' (B,), the same for every candidate of a shape."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (sequences, config.block_size + 1), generator=generator)
-    return {"inputs": tokens[:, :-1].contiguous().to(device), "targets": tokens[:, 1:].contiguous().to(device)}
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return {"inputs": inputs, "targets": targets, "window": torch.arange(sequences)}
 
 
 def peers_beside(case, peers):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comparison_audit import SPEED
+from comparison_audit import LOSS, SPEED
 from comparison_configurations import shared_seeds
 from comparison_curves import AXES, costs_to_reach, order_over_training, worst_final_loss
 from comparison_ranking import value_of
@@ -87,10 +87,10 @@ def analyse(ranking, to_loss=None):
 def ratio_to(ranking, costs, reference, axis):
     """(Estimate of the log ratio of costs to those of `reference`, ''), or (None, why there is none)."""
     one, other = costs.configuration, reference.configuration
-    if axis in ("hours", "joules"):
-        reasons = ranking.voids.between(one.runs, other.runs, SPEED)
-        if reasons:
-            return None, f"no ratio: {', '.join(reasons)}"
+    claims = (LOSS, SPEED) if axis in ("hours", "joules") else (LOSS,)
+    reasons = dict.fromkeys(why for claim in claims for why in ranking.voids.between(one.runs, other.runs, claim))
+    if reasons:
+        return None, f"no ratio: {', '.join(reasons)}"
     seeds = shared_seeds(one, other)
     first = {seed: value for seed, value in reference.by_axis[axis].items() if seed in seeds}
     ratio = paired_ratio(first, costs.by_axis[axis])

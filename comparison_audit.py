@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from comparison_runs import (
+    AUDITED_TRAINING,
     BOOKKEEPING,
     RESOLVED,
     differing_fields,
     dig,
     key_of,
     number,
-    precision,
     setting_text,
     short,
     value_text,
@@ -28,6 +28,7 @@ from comparison_runs import (
 
 SEVERITIES = ("voids", "warns", "note")
 LOSS, SPEED = "loss", "speed"  # the two kinds of claim
+PLURAL = ("tokens", "tokens per step", "threads", "initial weights")
 SLOWER = "speed, MFU, memory and hours are not comparable"
 
 
@@ -81,10 +82,12 @@ CHECKS = (
     Check("tokens", "warns", "more training, lower loss: not the same budget",
           lambda run: run.values.get("tokens_processed"), (LOSS,)),
     Check("tokens per step", "warns", "a different batch: fewer or more updates for the same tokens",
-          lambda run: run.get("resolved", "tokens_per_step"), (LOSS,)),
+          AUDITED_TRAINING["tokens per step"], (LOSS,)),
     Check("block_size", "warns", "a longer context makes each token easier to predict",
           lambda run: run.get("model_config", "block_size"), (LOSS, SPEED)),
-    Check("precision", "warns", f"rounding differs; {SLOWER}", precision, (LOSS, SPEED)),
+    Check("initial weights", "warns", "trained before, at a cost that is not counted here",
+          AUDITED_TRAINING["initial weights"], (LOSS, SPEED)),
+    Check("precision", "warns", f"rounding differs; {SLOWER}", AUDITED_TRAINING["precision"], (LOSS, SPEED)),
     Check("device", "warns", SLOWER,
           lambda run: run.get("resolved", "device_name", default=run.get("resolved", "device")), (SPEED,)),
     Check("world size", "warns", SLOWER, lambda run: run.get("resolved", "world_size"), (SPEED,)),
@@ -323,10 +326,9 @@ def has_complete_seeds(runs):
 
 def training_findings(runs):
     """Settings of training, beside the audited ones, in which the runs differ."""
-    audited = {"tokens per step", "precision"}
     found = []
     for name in differing_fields([run.training for run in runs]):
-        if name in audited or name.startswith("source of "):
+        if name in AUDITED_TRAINING or name.startswith("source of "):
             continue
         consequence = "the difference is not the architecture's alone"
         check = Check(name, "note", consequence, lambda run, name=name: setting_text(run.training, name))
@@ -357,17 +359,18 @@ class Voids:
             shared = facts[table].keys() & other_facts[table].keys() if claim in claims else ()
             differing += sorted(what.format(part) for part in shared if facts[table][part] != other_facts[table][part])
         flaws = facts["flaws"] + [flaw for flaw in other_facts["flaws"] if flaw not in facts["flaws"]]
-        reasons = [f"{what} differ{'' if what.startswith(('tokens', 'threads')) else 's'}" for what in differing]
+        reasons = [f"{what} differ{'' if what in PLURAL else 's'}" for what in differing]
         return reasons + [text for claims, text in flaws if claim in claims]
 
     def facts(self, runs):
         """What `between` compares about a list of runs, worked out once for each."""
-        key = tuple(id(run) for run in runs)
+        key = tuple(runs)
         if key not in self.known:
             self.known[key] = self.read(runs)
         return self.known[key]
 
     def read(self, runs):
+        """What the checks read from the runs, their kernels, sources of parts, and what is wrong with them."""
         budget = Check("tuning budget", "warns", "", lambda run: self.budgets[run], (LOSS,))
         length = Check("schedule length", "warns", "", held_length, (LOSS,))
         checks = [(check.what, check.claims, frozenset(key_of(check.read(run)) for run in runs))

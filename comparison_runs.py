@@ -94,8 +94,8 @@ class Run:
         """{setting: value} of what decides the trained weights, beside the architecture and the seed."""
         settings = flat_settings(self.get("training_config"))
         kept = {name: value for name, value in settings.items() if name not in BOOKKEEPING | RESOLVED}
-        shared = {"tokens per step": self.get("resolved", "tokens_per_step"), "precision": precision(self)}
-        return kept | self._sources_used_by(settings) | shared
+        audited = {name: read(self) for name, read in AUDITED_TRAINING.items()}
+        return kept | self._sources_used_by(settings) | audited
 
     @functools.cached_property
     def part_sources(self):
@@ -160,6 +160,18 @@ def flat_settings(settings):
 def precision(run):
     dtype = run.get("resolved", "dtype")
     return f"{dtype} (TF32)" if dtype == "float32" and run.get("resolved", "tf32") is True else dtype
+
+
+def initial_weights(run):
+    return run.get("initial_weights", "source", default="random")
+
+
+# What decides the weights beside the settings; the audit has a check of each.
+AUDITED_TRAINING = {
+    "tokens per step": lambda run: run.get("resolved", "tokens_per_step"),
+    "precision": precision,
+    "initial weights": initial_weights,
+}
 
 
 def short(value, length=10):

@@ -327,15 +327,12 @@ def _pass_on(left, through, state):
 
     Without a first state chunk 1 is the first to read one, what chunk 0 left, and no last state is made.
     """
-    if state is None:
-        states = torch.empty_like(left)
-        states[:, 0] = left[:, 0]
-        for c in range(1, left.size(1)):
-            torch.addcmul(left[:, c], through[:, c], states[:, c - 1], out=states[:, c])
-        return states, None
-    states = [state]
-    for c in range(left.size(1)):
+    start = 1 if state is None else 0
+    states = [left[:, 0] if state is None else state]
+    for c in range(start, left.size(1)):
         states.append(torch.addcmul(left[:, c], through[:, c], states[-1]))
+    if state is None:
+        return torch.stack(states, dim=1), None
     return torch.stack(states[:-1], dim=1), states[-1]
 
 

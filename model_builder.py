@@ -407,12 +407,16 @@ def check_parts(config):
             )
 
 
+def chosen_parts(config):
+    """The classes whose options a model of this config reads: position encoding, mixers, FFNs."""
+    ffns = dict.fromkeys(ffn for _, ffn in config.blocks() if ffn != "none")
+    parts = [MIXER_REGISTRY[mixer] for mixer in config.mixers()] + [FFN_REGISTRY[ffn] for ffn in ffns]
+    return [POSITION_ENCODING_REGISTRY[config.position_encoding], *parts]
+
+
 def unused_options(config):
     """{option: value} that the user set and no chosen part reads, for the startup report to mention."""
-    ffns = {ffn for _, ffn in config.blocks()} - {"none"}
-    parts = [POSITION_ENCODING_REGISTRY[config.position_encoding]]
-    parts += [MIXER_REGISTRY[mixer] for mixer in config.mixers()] + [FFN_REGISTRY[ffn] for ffn in ffns]
-    read = {name for part in parts for name in options_of(part)}
+    read = {name for part in chosen_parts(config) for name in options_of(part)}
     return {name: value for name, value in config.part_options.items() if name not in read}
 
 

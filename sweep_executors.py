@@ -8,9 +8,11 @@ An executor starts a command, and says of it later whether it still runs and how
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from user_errors import UserError
@@ -144,8 +146,6 @@ class SlurmExecutor:
         """What each node of the job runs."""
         if self.config.nodes == 1:
             return training_command(self.config, arguments)
-        import shlex
-
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={self.config.nodes}",
                     f"--nproc_per_node={self.config.processes_per_node}"]  # fmt: skip
         script = ON_EVERY_NODE.format(port=29500, arguments=shlex.join(arguments))
@@ -153,15 +153,26 @@ class SlurmExecutor:
 
 
 class SlurmJob:
+    """A submitted job. Its result is a file; where there is none, squeue says whether one can still come.
+
+    submitit's own `done` asks sacct, which many clusters of one machine do without.
+    """
+
+    ASK_SECONDS = 15  # between questions to the cluster
+
     def __init__(self, job, log_path):
-        self.job = job
+        self.job, self.asked = job, time.monotonic()
         with open(log_path, "a", encoding="utf-8") as log:
             log.write(f"Slurm job {job.job_id}: {job.paths.stdout}\n")
 
     def ended(self):
-        if not self.job.done():
+        if self.job.paths.result_pickle.exists():
+            return self.job.exception() is None
+        if time.monotonic() - self.asked < self.ASK_SECONDS:
             return None
-        return self.job.exception() is None
+        self.asked = time.monotonic()
+        queued = subprocess.run(["squeue", "-h", "-o", "%T", "-j", self.job.job_id], capture_output=True, text=True)
+        return None if queued.stdout.strip() or self.job.paths.result_pickle.exists() else False
 
     def stop(self):
         self.job.cancel(check=False)

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 train.py config/arch_llama.py config/size_124M.py --gradient_accumulation_steps=40
 
     python train.py --init_from=resume --run_name=NAME                  # continue where a run stopped
+    python train.py --init_from=hf:FOLDER --dataset=shakespeare         # start from a Hugging Face model
     python train.py --help                                              # every setting
 
 It leaves runs/<run_name>/ behind: config.json, metrics.jsonl, training_log.json, summary.json, metrics.csv, a plot,
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 
 import configurator  # noqa: E402
 import kernels  # noqa: E402
+import model_interop as interop  # noqa: E402
 import training_checkpoint as checkpoint  # noqa: E402
 import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
@@ -49,7 +51,7 @@ def main(arguments):
 
 def train(arguments, closing):
     # ---- settings, and where to run ----------------------------------------------------------------------------------
-    settings = configurator.read_settings(arguments)
+    settings, first_weights = interop.starting_point(configurator.read_settings(arguments))
     config = settings.train
     is_resumed = config.init_from == "resume"
     place = parallel.find_place(config)
@@ -69,6 +71,7 @@ def train(arguments, closing):
 
     # ---- model, objective, optimizer ---------------------------------------------------------------------------------
     model = ConfigurableGPT(settings.model, config.seed)
+    first_weights.fill(model)
     plan = parameter_plan(model)
     objective = OBJECTIVE_REGISTRY[config.objective](model, config)
     flops = flops_per_token(model, head_fraction=objective.head_fraction)
@@ -124,6 +127,7 @@ def train(arguments, closing):
             checkpoint.set_aside(folder, ledger.step)
             logging.rewind_metrics(folder, ledger.step)
         record = logging.config_record(settings, folder.name, model, flops, dataset, validation, resolved, command)
+        record["initial_weights"] = first_weights.record
         log = logging.RunLogger(folder, settings, record, dataset, total_steps, is_resumed)
 
     @closing.push

@@ -19,7 +19,7 @@ class TrainConfig:
     run_name: str | None = None  # folder under runs_dir; None makes one from the architecture, dataset and seed
     runs_dir: str = "runs"  # where run folders are written
     seed: int = 1337  # decides the initial weights and the order of the data
-    init_from: str = "scratch"  # 'scratch', or 'resume' to continue the run called run_name
+    init_from: str = "scratch"  # scratch, resume (the run called run_name), hf:NAME or FOLDER, nanogpt:CKPT
     resume_step: int | None = None  # with init_from=resume: which checkpoint; None takes the latest
 
     # -- data
@@ -184,8 +184,11 @@ def validate(config):
         raise UserError(f"max_tokens={config.max_tokens} and epochs={config.epochs} both set the length; keep one")
     if config.max_iters is None and config.max_tokens is None and config.epochs is None:
         raise UserError("the run has no length: set one of max_iters, max_tokens or epochs")
+    kind, _, path = config.init_from.partition(":")
+    if kind in ("scratch", "resume") if path else kind not in ("scratch", "resume"):
+        hint = "" if path else did_you_mean(config.init_from, ("scratch", "resume"))
+        raise UserError(f"init_from={config.init_from!r} must be one of scratch, resume, hf:NAME, nanogpt:FILE{hint}")
     choices = {
-        "init_from": ("scratch", "resume"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "compile": (True, False, "auto"),
     }

@@ -448,13 +448,17 @@ def config_record(settings, run_name, model, flops, dataset, validation, resolve
 
 
 def earlier_sessions(folder):
-    """{'earlier_sessions': how and where the run was trained before it was resumed}, {} for a new run."""
+    """{'earlier_sessions': how and where the run was trained before it was resumed}, {} for a new run.
+
+    Where its first weights came from is told again: the session that goes on does not know.
+    """
     if not (folder / "config.json").exists():
         return {}
     before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     session = {name: before[name] for name in ("created", "command", "git", "versions", "resolved")}
     session["training_config"] = before.get("training_config")
-    return {"earlier_sessions": [*before.get("earlier_sessions", []), session]}
+    sessions = [*before.get("earlier_sessions", []), session]
+    return {"earlier_sessions": sessions, "initial_weights": before.get("initial_weights")}
 
 
 def metadata_record(settings, run_name, ledger, stream):

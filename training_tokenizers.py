@@ -106,6 +106,17 @@ class Tokenizer:
             sizes[self.end_of_document_id] = 0
         return sizes
 
+    @property
+    def end_of_document_text(self):
+        """How the token that ends a document is spelt, or None where there is none."""
+        return None if self.end_of_document_id is None else self.pieces[self.end_of_document_id].decode("utf-8")
+
+    def to_library(self):
+        """A tokenizer of the `tokenizers` library with the same ids, for other programs; None where there is none.
+
+        It takes the end of a document for a special token, also where a text spells it, as is the custom there.
+        """
+
     def save(self, folder):
         path = Path(folder) / TOKENIZER_FILE
         path.write_text(json.dumps(self.to_meta(), ensure_ascii=False), encoding="utf-8", newline="\n")
@@ -157,6 +168,10 @@ class ByteTokenizer(Tokenizer):
         raw = text if isinstance(text, bytes) else as_text(text).encode("utf-8")
         return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
 
+    def to_library(self):
+        # Byte 0 is in the vocabulary as itself: it is the special token, so it never comes as its stand-in.
+        return byte_level_library_tokenizer({NUL: 0, **{byte_characters()[i]: i for i in range(1, 256)}}, [], NUL)
+
 
 @TOKENIZER_REGISTRY("char")
 class CharTokenizer(Tokenizer):
@@ -198,6 +213,18 @@ class CharTokenizer(Tokenizer):
             )
         return ids
 
+    def to_library(self):
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        ids = {character: i for i, character in enumerate(self.characters)}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=""))  # an unknown character is an error
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        if self.end_of_document_id is not None:
+            tokenizer.add_special_tokens([NUL])
+        return tokenizer
+
 
 # -- GPT-2's tokens
 
@@ -215,6 +242,41 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode_text(self, text):
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+
+    def to_library(self):
+        """The merges follow from the ranks: what a token's bytes were just before the last merge, which made it."""
+        stand_in = byte_characters()
+        rank = {piece: i for i, piece in enumerate(self.pieces[:-1])}
+        name = {piece: "".join(stand_in[byte] for byte in piece) for piece in rank}
+        merges = []
+        for piece in self.pieces[:-1]:
+            if len(piece) > 1:
+                left, right = last_merge(piece, rank)
+                merges.append((name[left], name[right]))
+        ids = {**{name[piece]: i for piece, i in rank.items()}, END_OF_DOCUMENT: self.end_of_document_id}
+        return byte_level_library_tokenizer(ids, merges, END_OF_DOCUMENT)
+
+
+def last_merge(piece, rank):
+    """The two parts that byte-pair encoding joins last to make a piece: each step joins the pair of lowest rank."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while len(parts) > 2:
+        ranks = [rank.get(parts[i] + parts[i + 1], math.inf) for i in range(len(parts) - 1)]
+        i = ranks.index(min(ranks))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def byte_level_library_tokenizer(ids, merges, special):
+    """A BPE tokenizer of the library over GPT-2's stand-ins for bytes, cut into words by GPT-2's pattern."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE(ids, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([special])
+    return tokenizer
 
 
 def load_gpt2_encoding():
@@ -282,6 +344,15 @@ class LearnedTokenizer(Tokenizer):
 
     def to_meta(self):
         return {**super().to_meta(), "model": json.loads(self.library_tokenizer.to_str())}
+
+    def to_library(self):
+        import tokenizers
+        from tokenizers import decoders
+
+        tokenizer = tokenizers.Tokenizer.from_str(self.library_tokenizer.to_str())
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([END_OF_DOCUMENT])
+        return tokenizer
 
     def encode_text(self, text):
         return self.encode_batch([text])[0]

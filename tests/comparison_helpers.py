@@ -13,6 +13,7 @@ CONFIG = {
         "attention_backend": "sdpa", "norm_position": "pre", "ffn_type": "swiglu", "bias": False,
         "weight_tying": True, "dropout": 0.0, "block_pattern": "attention", "part_options": {"rope_theta": 10000.0},
     },
+    "initial_weights": None,
     "training_config": {
         "run_name": "run", "seed": 1337, "dataset": "python_stdlib", "objective": "causal_lm", "batch_size": 12,
         "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "dtype": "auto", "compile": "auto",

@@ -287,9 +287,15 @@ def test_contexts_are_added_to_the_same_case(bench_here):
     record, printed = bench_here("config/arch_gru.py", "--decode_tokens=0", "--contexts=8,32")
     (case,) = record["cases"].values()
     assert {"training", "contexts", "program"} <= case.keys() and "decode" not in case
-    assert case["contexts"]["tokens_in_a_batch"] == 32 and "T = 32" in printed
+    assert case["contexts"]["tokens_in_a_batch"] == {"8": 32, "32": 32} and "T = 32" in printed
     cost = case["contexts"]["seconds_per_token"]
     assert case["contexts"]["last_to_first"]["ratio"] == pytest.approx(cost["32"]["median"] / cost["8"]["median"])
+
+
+def test_contexts_with_as_many_sequences(bench_here):
+    record, _ = bench_here("config/arch_gru.py", "--decode_tokens=0", "--contexts=8,32", "--equal_tokens=False")
+    (case,) = record["cases"].values()
+    assert case["contexts"]["tokens_in_a_batch"] == {"8": 16, "32": 64}
 
 
 def test_parts_alone_measure_no_model(bench_here):

@@ -141,6 +141,15 @@ def test_ratios_are_paired_and_hours_need_one_machine(tmp_path):
     assert ratio_to(ranking, a, b, "hours") == (None, "no ratio: device differs")
 
 
+def test_what_voids_the_loss_voids_every_ratio(tmp_path):
+    two_architectures(tmp_path, resolved__dtype="bfloat16")
+    (ranking,) = rank(find_runs(tmp_path)[0])
+    b, a = analyse(ranking).costs
+    assert [ratio_to(ranking, a, b, axis) for axis in ("tokens", "hours")] == [
+        (None, "no ratio: precision differs")
+    ] * 2
+
+
 def test_axes_that_nobody_records_are_left_out(tmp_path):
     two_architectures(tmp_path)
     (ranking,) = rank(find_runs(tmp_path)[0])

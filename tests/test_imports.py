@@ -11,6 +11,8 @@ import pytest
 from mixer_attention import MIXER_REGISTRY
 from model_components import FFN_REGISTRY, NORM_REGISTRY, POSITION_ENCODING_REGISTRY
 from model_config import PRESETS
+from model_interop import INIT_REGISTRY
+from model_interop_rules import HF_CLASS_REGISTRY
 from training_objectives import OBJECTIVE_REGISTRY
 from training_optim import OPTIMIZER_REGISTRY
 
@@ -26,7 +28,7 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "whole models": ["model_*"],
     "place": ["training_parallel"],
     "training": ["training_*"],
-    "saving and judging": ["training_checkpoint", "training_logger", "training_report", "eval_*"],
+    "saving and judging": ["training_checkpoint", "training_logger", "training_report", "eval_*", "model_interop"],
     "comparison": ["comparison_*"],
     "sweeps": ["sweep_*"],
     "benchmarks": ["bench_*"],
@@ -145,9 +147,9 @@ def test_the_search_would_find_a_name():
 
 
 def test_train_py_names_no_architecture_objective_optimizer_or_wrapper():
-    names = {*PRESETS, *WRAPPERS, *OBJECTIVE_REGISTRY, *OPTIMIZER_REGISTRY}
+    names = {*PRESETS, *WRAPPERS, *OBJECTIVE_REGISTRY, *OPTIMIZER_REGISTRY, *HF_CLASS_REGISTRY, *INIT_REGISTRY}
     names |= {*MIXER_REGISTRY, *FFN_REGISTRY, *NORM_REGISTRY, *POSITION_ENCODING_REGISTRY}
     names -= {"none"}  # a word
     names -= {"attention"}  # the row of the record that says which attention kernel ran
-    assert {"llama", "causal_lm", "adamw", "rope", "fsdp"} <= names
+    assert {"llama", "causal_lm", "adamw", "rope", "fsdp", "LlamaForCausalLM", "hf"} <= names
     assert not words_of_code((ROOT / "train.py").read_text(encoding="utf-8")) & names

@@ -109,3 +109,10 @@ def test_the_operator_is_what_it_says():
     x, dt, A, B, C, state = mamba_inputs(9)
     args = (*(t.requires_grad_() for t in (x, dt, B, C, A)), state, None, 4)
     torch.library.opcheck(torch.ops.nanoarch.selective_scan.default, args)
+
+
+def test_ssd_in_chunks_is_one_graph():
+    inputs = [x.float() for x in mamba2_inputs(19)[:5]]
+    compiled = torch.compile(lambda *i: ssd_chunked(*i, chunk_size=8), backend="aot_eager", fullgraph=True)
+    plain = outputs_and_gradients(lambda *i: ssd_chunked(*i, chunk_size=8), inputs)
+    assert_all_close(outputs_and_gradients(compiled, inputs), plain, torch.float32)

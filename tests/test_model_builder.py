@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import model_interop as interop
 from mixer_attention import MIXER_REGISTRY, Mixer
 from model_builder import (
     IGNORE_INDEX,
@@ -20,6 +21,7 @@ from model_builder import (
 from model_components import POSITION_ENCODING_REGISTRY, ALiBi, LearnedAbsolute, RoPE
 from model_config import ModelArchitectureConfig
 from model_helpers import scrambled
+from model_interop_rules import HF_CLASS_REGISTRY
 from training_config import TrainConfig
 from training_objectives import MaskedLM
 from user_errors import UserError
@@ -197,140 +199,26 @@ def test_a_pattern_builds_each_layer_as_it_says(tiny):
 # ---- transformers as oracle -----------------------------------------------------------------------------------------
 
 
-def compare_with(theirs, ours, names, idx, **tolerance):
-    """Logits and the gradient of every one of our parameters, against another model that holds the same weights.
-
-    names: {our parameter: function from {their parameter: tensor} to the tensor in our layout}.
-    """
-    assert {*names} == {name for name, _ in ours.named_parameters()}
-    their_weights = {name: parameter.detach() for name, parameter in theirs.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            parameter.copy_(names[name](their_weights))
-    logits, their_logits = ours(idx)[0], theirs(idx).logits
-    torch.testing.assert_close(logits, their_logits, **tolerance)
-    assert logits.std() > 0.5, "logits that hardly differ prove little"
-    for result in (logits, their_logits):
-        F.cross_entropy(result.flatten(0, 1), idx.roll(-1, 1).flatten()).backward()
-    their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        wanted = names[name](their_gradients)
-        torch.testing.assert_close(parameter.grad, wanted, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def random_weights(model):
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.3).add_(float("norm" in name.lower() or "ln_" in name))
-    return model.double()
-
-
-@pytest.mark.parametrize("activation, theirs", [("gelu", "gelu"), ("gelu_tanh", "gelu_new")])
-def test_gpt2_equals_transformers(tiny, transformers, activation, theirs):
-    config = transformers.GPT2Config(
-        vocab_size=V, n_positions=16, n_embd=16, n_layer=2, n_head=4, activation_function=theirs,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager",
-    )  # fmt: skip
-    oracle = random_weights(transformers.GPT2LMHeadModel(config))
-    ours = ConfigurableGPT(tiny(arch_preset="gpt2", activation=activation)).double()
-
-    def their(name, transpose=False):
-        return lambda tensors: tensors[f"transformer.{name}"].T if transpose else tensors[f"transformer.{name}"]
-
-    blocks = {
-        "mixer_norm": "ln_1", "mixer.qkv": "attn.c_attn", "mixer.out": "attn.c_proj",
-        "ffn_norm": "ln_2", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj",
-    }  # fmt: skip
-    names = {"token_embedding.weight": their("wte.weight"), "position_embedding.table.weight": their("wpe.weight")}
-    for kind in ("weight", "bias"):
-        names[f"final_norm.{kind}"] = their(f"ln_f.{kind}")
-        for i in range(2):
-            for our_name, their_name in blocks.items():
-                transpose = "." in our_name and kind == "weight"  # GPT-2 keeps its matrices as (in, out)
-                names[f"blocks.{i}.{our_name}.{kind}"] = their(f"h.{i}.{their_name}.{kind}", transpose)
-    compare_with(oracle, ours, names, tokens(), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-@pytest.mark.parametrize("backend", ["sdpa", "manual"])
-def test_llama_equals_transformers(tiny, transformers, n_kv_head, backend):
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=n_kv_head, max_position_embeddings=16, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        attn_implementation="eager", rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-    )  # fmt: skip
-    oracle = random_weights(transformers.LlamaForCausalLM(config))
-    options = {"n_kv_head": n_kv_head, "ffn_hidden": 48, "rope_theta": 100.0, "attention_backend": backend}
-    ours = ConfigurableGPT(tiny(arch_preset="llama", **options)).double()
-    names = {
-        "token_embedding.weight": lambda tensors: tensors["model.embed_tokens.weight"],
-        "head.weight": lambda tensors: tensors["lm_head.weight"],
-        "final_norm.weight": lambda tensors: tensors["model.norm.weight"],
-    }
-    blocks = {
-        "mixer_norm": ["input_layernorm"], "ffn_norm": ["post_attention_layernorm"],
-        "mixer.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "mixer.out": ["self_attn.o_proj"],
-        "ffn.gate": ["mlp.gate_proj"], "ffn.up": ["mlp.up_proj"], "ffn.down": ["mlp.down_proj"],
-    }  # fmt: skip
-    for i in range(2):
-        for our_name, their_names in blocks.items():
-            full = [f"model.layers.{i}.{name}.weight" for name in their_names]
-            names[f"blocks.{i}.{our_name}.weight"] = lambda tensors, full=full: torch.cat([tensors[n] for n in full])
-    # Theirs computes angles and norms in float32.
-    compare_with(oracle, ours, names, tokens(), rtol=1e-4, atol=2e-5)
-
-
-def test_bert_equals_transformers(tiny, transformers):
+def test_the_masked_lm_loss_of_bert_equals_transformers(transformers):
+    """Through the objective, which sees the hidden places alone; logits are held in test_model_interop.py."""
     config = transformers.BertConfig(
         vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=16, type_vocab_size=2, attn_implementation="eager",
-        pad_token_id=None,  # theirs gives no gradient to the padding's embedding, and tokens() has a token 0
+        max_position_embeddings=16, type_vocab_size=2, attn_implementation="eager", pad_token_id=None,
     )  # fmt: skip
-    oracle = random_weights(transformers.BertForMaskedLM(config)).eval()
-    ours = ConfigurableGPT(tiny(arch_preset="bert")).double().eval()
-    # Every token is of segment A: the vector of that segment is the same at every position and goes into their table.
-    before, embeddings = oracle(tokens()).logits, oracle.bert.embeddings
-    with torch.no_grad():
-        embeddings.position_embeddings.weight += embeddings.token_type_embeddings.weight[0]
-        embeddings.token_type_embeddings.weight[0] = 0
-    torch.testing.assert_close(oracle(tokens()).logits, before, rtol=1e-12, atol=1e-12)
-
-    parts = {
-        "embedding_norm": ["bert.embeddings.LayerNorm"], "head_transform.norm": ["cls.predictions.transform.LayerNorm"],
-        "head_transform.dense": ["cls.predictions.transform.dense"],
-    }  # fmt: skip
-    for i in range(2):
-        layer, attention = f"bert.encoder.layer.{i}", f"bert.encoder.layer.{i}.attention"
-        parts |= {
-            f"blocks.{i}.mixer.qkv": [f"{attention}.self.{name}" for name in ("query", "key", "value")],
-            f"blocks.{i}.mixer.out": [f"{attention}.output.dense"],
-            f"blocks.{i}.mixer_norm": [f"{attention}.output.LayerNorm"],
-            f"blocks.{i}.ffn.up": [f"{layer}.intermediate.dense"], f"blocks.{i}.ffn.down": [f"{layer}.output.dense"],
-            f"blocks.{i}.ffn_norm": [f"{layer}.output.LayerNorm"],
-        }  # fmt: skip
-    wholes = {
-        "token_embedding.weight": ["bert.embeddings.word_embeddings.weight"], "head.bias": ["cls.predictions.bias"],
-        "position_embedding.table.weight": ["bert.embeddings.position_embeddings.weight"],
-    }  # fmt: skip
-    wholes |= {f"{our}.{kind}": [f"{name}.{kind}" for name in their] for our, their in parts.items()
-               for kind in ("weight", "bias")}  # fmt: skip
-    names = {our: lambda tensors, their=their: torch.cat([tensors[name] for name in their])
-             for our, their in wholes.items()}  # fmt: skip
-    compare_with(oracle, ours, names, tokens(), rtol=1e-9, atol=1e-9)
-
-    # and through the objective, which sees the hidden places alone
+    oracle = scrambled(transformers.BertForMaskedLM(config)).double().eval()
+    ours = interop.from_hf(oracle)
     places = torch.tensor([[1, 4, 13], [0, 7, 8]])
     labels = torch.full((2, 16), IGNORE_INDEX).scatter(1, places, tokens().gather(1, places))
     batch = {"inputs": tokens().scatter(1, places, V - 1), "targets": tokens().gather(1, places), "places": places}
-    oracle.zero_grad(), ours.zero_grad()
     theirs = oracle(batch["inputs"], labels=labels).loss
     sums = MaskedLM(ours, TrainConfig())(batch)
     torch.testing.assert_close(sums["loss"] / sums["tokens"], theirs, rtol=1e-9, atol=1e-9)
     theirs.backward(), (sums["loss"] / sums["tokens"]).backward()
-    their_gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    gradients["bert.embeddings.token_type_embeddings.weight"].zero_()  # its values are added to ours, not its gradient
+    wanted = interop.to_ours(HF_CLASS_REGISTRY["BertForMaskedLM"], gradients, ours)
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, names[name](their_gradients), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-9, atol=1e-9)
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import sweep
 import sweep_plan as planning
 import train
-from sweep_executors import make_executor
+from sweep_executors import SlurmExecutor, make_executor
 from training_helpers import ROOT, TINY, a_peak, book, read_json, summary  # noqa: F401  fixtures
 
 SWEEP_FILES = sorted((ROOT / "config").glob("sweep_*.py"))
@@ -303,6 +304,22 @@ def test_processes_of_their_own_do_the_same(run):
     assert (
         "2 at once" in text and ", about " in text and "step 2/2" in (folder / "logs" / "one-s1.log").read_text("utf-8")
     )
+
+
+@pytest.mark.skipif(shutil.which("sinfo") is None, reason="needs Slurm (slurm-wlm and munge) on this machine")
+def test_slurm_does_the_same(run):
+    if subprocess.run(["sinfo", "-h"], capture_output=True).returncode:
+        pytest.skip("Slurm is installed and no controller answers")
+    folder, text = run("seeds = (1,)", "--executor=slurm", "--max_iters=2", real=True)
+    assert [summary(folder / name)["status"] for name in ("one-s1", "two-s1")] == ["finished", "finished"]
+    assert "Slurm job" in (folder / "logs" / "one-s1.log").read_text("utf-8") and "2 of 2 runs finished" in text
+
+
+def test_what_every_node_of_a_job_runs():
+    config = planning.SweepConfig(executor="slurm", nodes=2, processes_per_node=8)
+    words = SlurmExecutor.command(SimpleNamespace(config=config), ["--run_name=a b"])
+    assert words[:2] == ["bash", "-c"] and "--nnodes=2" in words and "--nproc_per_node=8" in words
+    assert "train.py '--run_name=a b'" in words[2] and '--rdzv_endpoint="$head:29500"' in words[2]
 
 
 def test_plan_only_leaves_nothing_behind(run):

@@ -38,7 +38,7 @@ REFUSED = [
     ("checkpoint_interval", -1, "must be 0 or more, or None"),
     ("dtype", "float8", "must be one of auto, float32, bfloat16, float16"),
     ("compile", "yes", "must be one of True, False, auto"),
-    ("init_from", "resum", "must be one of scratch, resume; did you mean 'resume'"),
+    ("init_from", "resum", "must be one of scratch, resume, hf:NAME, nanogpt:FILE; did you mean 'resume'"),
     ("z_loss", float("inf"), "must be a finite number"),
     ("learning_rate", float("inf"), "must be a finite number"),
     ("run_name", "a/b", "must be a plain folder name"),

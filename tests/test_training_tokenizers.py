@@ -67,6 +67,26 @@ def test_text_never_spells_the_end_of_a_document(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("text", [STORY, ODD, "", " ", "\n\n"], ids=["story", "odd", "empty", "space", "lines"])
+def test_other_programs_get_the_same_tokens(name, text):
+    tokenizer, text = learn(name), text.replace("<|endoftext|>", "")
+    library = tokenizer.to_library()
+    ids = tokenizer.encode(text).tolist()
+    assert library.encode(text).ids == ids and library.decode(ids, skip_special_tokens=False) == text
+    assert library.get_vocab_size() == tokenizer.vocab_size
+    assert library.token_to_id(tokenizer.end_of_document_text) == tokenizer.end_of_document_id
+    again = type(library).from_str(library.to_str())
+    assert again.encode(text).ids == ids
+    end = library.encode("a" + tokenizer.end_of_document_text).ids[-1]
+    assert end == tokenizer.end_of_document_id, "there a text may spell the end of a document"
+
+
+def test_a_character_that_nobody_knows_is_an_error_elsewhere_too():
+    with pytest.raises(Exception, match="vocabulary"):
+        learn("char").to_library().encode("\u2603")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_encoded_as_its_texts_are(name):
     tokenizer = learn(name)
     texts = [STORY, ODD, "", STORY[:7]]
