@@ -65,7 +65,9 @@ def hold_at(runs, tokens):
 
 
 def evaluated_counts(run):
-    rows = [row for row in run.evaluations if number(row.get("val_loss")) is not None]
+    """Token counts at which the run has the number that it is judged by."""
+    column = ROW_COLUMN.get(run.ranked_by, "val_loss")
+    rows = [row for row in run.evaluations if number(row.get(column)) is not None]
     return {number(row.get("tokens_processed")) for row in rows} - {None, 0}
 
 
@@ -124,11 +126,11 @@ def worst_final_loss(configurations, column):
 
 
 def costs_to_reach(configurations, column, target):
-    """[Costs, ...] of the configurations that have curves."""
+    """[Costs, ...] of the configurations that have curves; one evaluation does not tell when a loss was reached."""
     found = []
     for each in configurations:
         curves = {run: curve(run, column) for run in each.runs}
-        if not any(points["loss"] for points in curves.values()):
+        if not any(len(points["loss"]) > 1 for points in curves.values()):
             continue
         by_axis = {axis: each.over_seeds(lambda run, axis=axis, curves=curves: crossing(curves[run], axis, target))
                    for axis in AXES}  # fmt: skip

@@ -80,6 +80,19 @@ def test_a_run_that_is_still_going_counts_where_it_has_come_that_far(tmp_path):
     assert [(place, each.label) for place, each in at_200.places()] == [("1", "a"), ("-", "going")]
 
 
+def test_encoders_are_held_where_they_have_what_they_are_judged_by(tmp_path):
+    scoring = {"ranked_by": "pseudo_perplexity", "tokens": 1024}
+    for name, layers, last in (("a", 2, 7.0), ("b", 3, 8.0)):
+        rows = rows_of([(100, 3.0), (200, 2.0)])
+        rows[-1]["pseudo_perplexity"] = last
+        make_run(tmp_path, name, {"pseudo_perplexity": last}, metrics=rows, n_layer=layers, objective="masked_lm",
+                 resolved__scoring=scoring)  # fmt: skip
+    (ranking,) = rank(find_runs(tmp_path)[0], at_tokens=100)
+    assert ranking.held.startswith("At 200 tokens, the nearest count")
+    assert [each.label for each in ranking.ranked] == ["a", "b"]
+    assert analyse(ranking).costs == []  # one evaluation each does not tell when a score was reached
+
+
 def test_a_longer_schedule_has_decayed_less_and_voids_the_claim(tmp_path):
     add(tmp_path, "a", [(100, 3.0), (200, 2.5)])
     add(tmp_path, "b", [(100, 3.0), (400, 2.0)], n_layer=3, resolved__max_iters=400)

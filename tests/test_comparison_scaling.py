@@ -65,6 +65,12 @@ def test_a_law_without_a_floor_gets_none():
     assert fit.has_floor and fit.floor == pytest.approx(0, abs=0.05)
 
 
+def test_a_loss_that_falls_with_the_logarithm_gets_no_negative_floor():
+    sizes = np.geomspace(1e6, 1e9, 8)
+    fit = fit_power_law(sizes, 4 - 0.3 * np.log(sizes / 1e6))
+    assert fit.has_floor and fit.floor >= 0
+
+
 def planted(folder, n_seeds=1, noise=0.0, sizes=(1e6, 3e6, 1e7, 3e7, 1e8), alpha=ALPHA, name="llama", **changes):
     """Runs of one architecture whose curves follow the law above, at each size and seed."""
     rng = np.random.default_rng(7)
