@@ -179,6 +179,8 @@ def lead(ranking, rivals):
     best, column = ranking.best, ranking.loss_column
     if best.estimate(column).n == 0:
         return [f"No run has a finite {WHAT[column]}: nothing can be claimed."]
+    if len(ranking.ranked) == 1:
+        return [f"{best.label} stands alone, with nothing to compare it with: {interval_text(best, column)}."]
     sentences = [f"{best.label} has the lowest {WHAT[column]}: {interval_text(best, column)}."]
     others = [each for each in ranking.ranked if each is not best]
     if len(rivals) < len(others):

@@ -126,6 +126,13 @@ def test_names_and_settings_cannot_break_the_page(tmp_path):
     assert "<b>&" not in page and "<u>bad" not in page and "&lt;script&gt;" in page
 
 
+def test_one_row_is_no_comparison(tmp_path):
+    make_run(tmp_path / "runs", "a")
+    page = report(tmp_path)
+    assert "a stands alone, with nothing to compare it with: 2.0000 from one seed." in page
+    assert 'id="pairs"' not in page
+
+
 def test_no_finished_run_is_said_and_nothing_is_ranked(tmp_path):
     make_run(tmp_path / "runs", "a", {"status": "running"})
     make_run(tmp_path / "runs", "b", {"status": "interrupted"}, n_layer=3)
