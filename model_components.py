@@ -230,8 +230,13 @@ class RoPE(PositionEncoding):
     def rotate(self, x, positions=None):
         # Half precision keeps three digits, too few for a position in the thousands, so the turn itself is float32.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if positions is None and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+        may_keep = not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
+        if positions is None and may_keep:
             cos, sin = self._cos_sin_of_range(x.size(-2), x.device, dtype)
+        elif may_keep and positions is not None and positions.dim() == 1 and x.device.type == "cpu":
+            # Decoding: rows of a table that doubles as the text grows. A GPU would have to wait for the largest.
+            T = 2 ** int(positions.max()).bit_length()
+            cos, sin = (table[positions] for table in self._cos_sin_of_range(T, x.device, dtype))
         else:
             positions = torch.arange(x.size(-2), device=x.device) if positions is None else positions
             cos, sin = self.cos_sin(positions, dtype)

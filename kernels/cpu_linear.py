@@ -37,9 +37,14 @@ class OneDNNLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
+FEWEST_ROWS = 8  # below this, as when a token is generated, oneDNN's set-up costs more than the product
+
+
 def linear(x, weight, bias=None):
     """F.linear, through oneDNN where the tensors are what it takes and its overhead is worth it."""
-    if x.dtype != torch.float32 or x.dim() < 2 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if x.dtype != torch.float32 or x.numel() < FEWEST_ROWS * x.size(-1):
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     return OneDNNLinear.apply(x, weight, bias)
 
