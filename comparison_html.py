@@ -244,9 +244,8 @@ def curves_part(ranking, analysis, log_x):
         told.append(f"The dotted line is the loss of {analysis.target:.4f} that costs are about.")
     if len(ranking.configurations) > MAX_LINES:
         told.append(f"The first {MAX_LINES} of {len(ranking.configurations)} rows are drawn.")
-    if "joules" in absent:
-        told.append("No run recorded joules: its device does not tell them.")
-    told += [f"No run recorded {axis}." for axis in absent if axis != "joules"]
+    if absent:
+        told.append(f"Left out, as no run recorded it: {', '.join(absent)}.")
     return tag("p", escape(" ".join(told))) + figures(charts)
 
 

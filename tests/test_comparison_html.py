@@ -98,7 +98,7 @@ def test_the_verdict_is_in_plain_words(tmp_path):
     )
     assert "L(N) = " in page and "without E" in page
     assert "tau 1.00 between the two orders (2 architectures)" in page
-    assert "No run recorded joules" in page
+    assert "Left out, as no run recorded it: joules." in page
 
 
 def test_one_seed_makes_no_claim(tmp_path):
