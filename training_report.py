@@ -2,6 +2,7 @@
 
 import torch
 
+import model_matching as matching
 from model_flops import CONVENTION, state_bytes, training_memory_bytes
 from training_parallel import DTYPES
 
@@ -127,6 +128,11 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
         ("memory", f"about {human_bytes(sum(memory.values()))}: "
                    + ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())),
     ]  # fmt: skip
+    if resolved["matching"]:
+        rows.insert(1, ("matching", matching.sentence(resolved["matching"])))
+    if schedule := resolved["checkpoint_schedule"]:
+        ends = f"{human_count(schedule[0])} to {human_count(schedule[-1])}"
+        rows.append(("checkpoints", f"at {len(schedule)} token counts, {ends}"))
     rows += [("note", f"{name}={value!r} is read by no chosen part") for name, value in unused.items()]
     if config.warmup_iters >= steps:
         rows.append(("note", f"warmup_iters={config.warmup_iters} outlasts the run: learning_rate is never reached"))
