@@ -121,14 +121,15 @@ class _Search:
         self.config, self.match, self.match_to, self.fixed = config.replace(model_size=None), match, match_to, fixed
         self.target = _target(match, match_to, config)
         self.period = len(config.pattern())  # depth grows by whole repeats of block_pattern
-        self.counted, self.heads_by_width, self.is_exact = {}, {}, False
+        self.base = self.period  # costs are counted at this depth and twice of it, and extrapolated from there
+        self.counted, self.heads_by_width = {}, {}
 
     def solve(self):
-        """The best shape; costs that were extrapolated are counted before they are believed."""
+        """The best shape; a cost that was extrapolated is counted before it is believed."""
         best = self.best_shape()
         self.check_reach(*best)
-        if self.count(*best)[self.match] != self.value(*best):  # blocks differ with depth: count them all
-            self.is_exact = True
+        while not math.isclose(self.count(*best)[self.match], self.value(*best), rel_tol=1e-12):
+            self.base *= 2  # the first blocks differ from the later ones
             best = self.best_shape()
         return self.shaped(*best)
 
@@ -163,7 +164,7 @@ class _Search:
         """{(n_layer, n_embd)} just below and just above the target, at widths that are multiples of `step`."""
         config = self.config
         if "n_embd" in self.fixed:
-            return {(n_layer, config.n_embd) for n_layer in self.depths(config.n_embd, period=1)}
+            return {(n_layer, config.n_embd) for n_layer in self.depths(config.n_embd, 1)}
         step = math.lcm(step, config.n_head) if "n_head" in self.fixed else step
         most = MOST_WIDTH // step
         if "n_layer" in self.fixed:
@@ -172,16 +173,17 @@ class _Search:
         first, last = (_around(lambda k: self.natural_aspect_of(k * step), aspect, most)[0]
                        for aspect in (LEAST_ASPECT, MOST_ASPECT))  # fmt: skip
         deepest = self.depths(first * step, self.period)
-        if deepest[-1] == MOST_LAYERS // self.period * self.period:  # out of reach: spare the search
+        if deepest[-1] + self.period > MOST_LAYERS:  # out of reach: spare the search
             return {(deepest[-1], first * step)}
         widths = range(first * step, last * step + 1, step)
         return {(n_layer, n_embd) for n_embd in widths for n_layer in self.depths(n_embd, self.period)
                 if LEAST_ASPECT <= self.aspect(n_layer, n_embd) <= MOST_ASPECT}  # fmt: skip
 
-    def depths(self, n_embd, period):
-        """The depths, multiples of `period`, just below and just above the target at one width."""
-        near = _around(lambda k: self.value(k * period, n_embd), self.target, MOST_LAYERS // period)
-        return [k * period for k in near]
+    def depths(self, n_embd, step):
+        """The depths, one pattern deep and `step` more each, just below and just above the target at one width."""
+        most = (MOST_LAYERS - self.period) // step + 1
+        near = _around(lambda k: self.value(self.period + (k - 1) * step, n_embd), self.target, most)
+        return [self.period + (k - 1) * step for k in near]
 
     def natural_aspect_of(self, n_embd):
         """The aspect of the shape at this width that meets the target; grows with width."""
@@ -201,11 +203,11 @@ class _Search:
         return NATURAL_ASPECT if reference is None else reference.n_embd / reference.n_layer
 
     def value(self, n_layer, n_embd):
-        """The cost to be matched; in whole repeats of the pattern it is extrapolated from one and two of them."""
-        if self.is_exact or n_layer % self.period:
+        """The cost to be matched; that of many blocks is extrapolated from two shorter models."""
+        if n_layer <= 2 * self.base or n_layer % self.period:
             return self.count(n_layer, n_embd)[self.match]
-        one, two = (self.count(k * self.period, n_embd)[self.match] for k in (1, 2))
-        return one + (n_layer // self.period - 1) * (two - one)
+        near, far = (self.count(depth, n_embd)[self.match] for depth in (self.base, 2 * self.base))
+        return near + (far - near) * (n_layer - self.base) / self.base
 
     def count(self, n_layer, n_embd):
         if (n_layer, n_embd) not in self.counted:

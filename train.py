@@ -160,7 +160,8 @@ def train(arguments, closing):
         seconds = time.perf_counter() - t0
         ledger.eval_seconds += seconds
         row = {"kind": "eval", "step": ledger.step, "tokens_processed": ledger.tokens_processed,
-               "tokens_scheduled": due.get(ledger.step), **scores, "train_seconds": ledger.train_seconds, "flops": ledger.flops, "seconds": seconds}  # fmt: skip
+               "tokens_scheduled": due.get(ledger.step), **scores,
+               "train_seconds": ledger.train_seconds, "flops": ledger.flops, "seconds": seconds}  # fmt: skip
         ledger.evaluations.append(row)
         log.evaluation(row, is_best=ledger.best() is row)
 

@@ -25,7 +25,7 @@ from training_config import scheduled_counts
 from user_errors import UserError
 
 FORMAT = 1
-FIRST_OF_EPOCH = 1000  # a generated schedule begins at this part of the first epoch, whatever a step holds
+FIRST_OF_EPOCH = 1000  # a generated schedule begins at a thousandth of the first epoch, whatever a step holds
 
 
 # ---- when ------------------------------------------------------------------------------------------------------------
@@ -66,11 +66,12 @@ def token_schedule(config, tokens_per_epoch, total_tokens):
 def generated_counts(tokens_per_epoch, total_tokens, first_epoch, spacing, at_least):
     """Token counts of whole epochs until `total_tokens` is covered: dense early, the end of each epoch included.
 
-    The first epoch has `first_epoch` counts, log-spaced from a thousandth of it to its end. A later one has as many as
-    going on at that ratio takes, and not fewer than `at_least`, with `spacing` 'log' or 'linear'.
+    The first epoch, or the run where that is shorter, has `first_epoch` counts, log-spaced from a thousandth of it to
+    its end. A later one has as many as going on at that ratio takes, and not fewer than `at_least`, with `spacing`
+    'log' or 'linear'.
     """
     E, ratio = tokens_per_epoch, FIRST_OF_EPOCH ** (1 / max(1, first_epoch - 1))
-    counts = {max(1, round(E / ratio**i)) for i in range(first_epoch)}
+    counts = {max(1, round(min(E, total_tokens) / ratio**i)) for i in range(first_epoch)}
     for epoch in range(1, math.ceil(total_tokens / E)):
         grows = (epoch + 1) / epoch
         n = max(at_least, math.ceil(math.log(grows) / math.log(ratio)))

@@ -13,7 +13,6 @@ from model_config import PRESETS, SIZES
 from registry import options_from_json, options_of
 from user_errors import UserError, did_you_mean
 
-
 MATCHED_QUANTITIES = ("params", "active_params", "flops", "state")
 
 

@@ -26,10 +26,12 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "whole models": ["model_*"],
     "place": ["training_parallel"],
     "training": ["training_*"],
-    "saving and judging": ["training_checkpoint", "training_logger", "training_report", "eval_*"],
+    "saving and judging": [
+        "training_checkpoint", "training_schedules", "training_logger", "training_report", "eval_*",
+    ],
     "comparison": ["comparison_*"],
     "scripts": SCRIPTS,
-}
+}  # fmt: skip
 ORDER = [*LAYERS]
 
 
