@@ -467,7 +467,6 @@ def metadata_record(settings, run_name, ledger, stream, scheduled_tokens=None):
             "effective_batch_size": stream.sequences_per_step,
             "sequence_length": stream.block_size,
             "estimated_tokens_at_step": scheduled_tokens or ledger.step * ledger.tokens_per_step,
-            "is_scheduled": scheduled_tokens is not None,
         },
         "training_config": settings.train.to_dict(),
         "model_config": settings.model.to_dict(),
