@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from comparison_report import cell, name_of, si
+from comparison_ranking import cell, name_of, si
 from comparison_runs import read_metrics, series
 from comparison_stats import smooth
 

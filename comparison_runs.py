@@ -1,22 +1,24 @@
-"""Find runs, read them, and audit whether they may be compared. Standard library only.
+"""Find runs and read them. Standard library only.
 
     runs, problems = find_runs('runs', ['llama*', 'gpt2'])    # or latest=4, or everything
-    for ranking in comparable_groups(runs): ...               # losses are ranked inside a group only
-    findings = audit(runs)                                    # what differs, how bad it is, which runs
+    runs[0].evaluations                                       # the rows of its curve, read when first asked for
 
 A run is a folder with config.json and with summary.json or metrics.jsonl. The table needs only the two small files;
-metrics.jsonl is read for plots, and for runs that have no summary yet.
+metrics.jsonl is read for curves, and for runs that have no summary yet.
 A file that cannot be read costs one line naming its run, and the other runs are still compared.
 """
 
+import ast
 import functools
 import glob
+import hashlib
 import json
+import math
 import os
+import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -40,8 +42,6 @@ RESOLVED = {
     "dataset", "tokenizer", "tokenizer_vocab_size", "variant", "objective", "batch_size", "eval_iters",
     "gradient_accumulation_steps", "max_iters", "max_tokens", "epochs", "device", "dtype", "tf32", "compile",
 }  # fmt: skip
-# The checks among the audit's that decide the weights.
-RESOLVED_TRAINING = ("tokens per step", "precision", "initial weights")
 # Names for sets of other fields: `team` and `llama` are the same architecture.
 MODEL_LABELS = {"arch_preset", "model_size"}
 # Model fields that the data decides, and how the network is computed rather than what it is.
@@ -60,6 +60,9 @@ class Run:
     config: dict
     status: str  # finished, interrupted, failed, or unfinished: still going, or killed
     values: dict = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)  # summary.json as it is
+    problems: list = field(default_factory=list)  # what was wrong with its files, a line each
+    held_at: int | None = None  # the token count that `values` are of, when that is not the end
 
     def get(self, *path, default=None):
         """A value of config.json by its path, e.g. run.get('dataset', 'fingerprint')."""
@@ -80,28 +83,51 @@ class Run:
 
     @functools.cached_property
     def model(self):
-        """{field: value} of what makes the architecture, part options included, labels left out."""
+        """{field: value} of what makes the architecture, part options included, labels left out.
+
+        A part that a config file defined counts as what its source says: one name with two sources is two parts.
+        """
         fields = flat_settings(self.get("model_config"))
-        return {name: fields[name] for name in fields if name not in MODEL_LABELS | NOT_COMPONENTS}
+        kept = {name: fields[name] for name in fields if name not in MODEL_LABELS | NOT_COMPONENTS}
+        return kept | self._sources_used_by(fields)
 
     @functools.cached_property
     def training(self):
         """{setting: value} of what decides the trained weights, beside the architecture and the seed."""
         settings = flat_settings(self.get("training_config"))
         kept = {name: value for name, value in settings.items() if name not in BOOKKEEPING | RESOLVED}
-        return kept | {check.what: check.read(self) for check in CHECKS if check.what in RESOLVED_TRAINING}
+        audited = {name: read(self) for name, read in AUDITED_TRAINING.items()}
+        return kept | self._sources_used_by(settings) | audited
 
     @functools.cached_property
-    def comparability_key(self):
-        """Runs whose keys differ did not answer the same question: their losses are not ranked together."""
-        return tuple(key_of(check.read(self)) for check in CHECKS if check.severity == "voids")
+    def part_sources(self):
+        """{part: short hash of the code that defines it} for parts that came from a config file."""
+        return defined_parts(self.folder / "config")
+
+    def _sources_used_by(self, settings):
+        chosen = " ".join(str(value) for value in settings.values())
+        return {f"source of {part}": digest for part, digest in self.part_sources.items() if part in chosen}
 
     @functools.cached_property
-    def configuration_key(self):
-        """Runs with one key differ in their seed alone. A run that did not finish stands by itself."""
-        alone = None if self.is_finished else self.folder
-        length = self.get("resolved", "max_iters")
-        return key_of([self.model, self.training, length]), self.comparability_key, alone
+    def evaluations(self):
+        """The evaluation rows of metrics.jsonl in the order of steps; trouble with the file goes to `problems`."""
+        rows, troubles = read_metrics(self.folder, kind="eval")
+        n_missing = sum(number(row.get("val_loss")) is None for row in rows)
+        if n_missing:
+            troubles.append(
+                f"metrics.jsonl: {n_missing} of {len(rows)} evaluations have no finite loss; left out of curves"
+            )
+        self.problems += troubles
+        return rows
+
+    @functools.cached_property
+    def log_disagreement(self):
+        """How summary.json contradicts the last evaluation in metrics.jsonl, or None: one of them was edited or cut."""
+        said = number(self.summary.get("final_val_loss"))
+        logged = number(self.evaluations[-1].get("val_loss")) if self.evaluations else None
+        if said is None or logged is None or math.isclose(said, logged, rel_tol=1e-6):
+            return None
+        return f"summary.json says {said:.6g} where metrics.jsonl ends on {logged:.6g}"
 
     @property
     def kernels(self):
@@ -133,6 +159,47 @@ def flat_settings(settings):
     return flat | options if isinstance(options, dict) else flat
 
 
+def precision(run):
+    dtype = run.get("resolved", "dtype")
+    return f"{dtype} (TF32)" if dtype == "float32" and run.get("resolved", "tf32") is True else dtype
+
+
+def initial_weights(run):
+    return run.get("initial_weights", "source", default="random")
+
+
+# What decides the weights beside the settings; the audit has a check of each.
+AUDITED_TRAINING = {
+    "tokens per step": lambda run: run.get("resolved", "tokens_per_step"),
+    "precision": precision,
+    "initial weights": initial_weights,
+}
+
+
+def short(value, length=10):
+    return None if value is None else str(value)[:length]
+
+
+def value_text(value):
+    """A setting's value as a person would type it; whole numbers with thousands separated."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, (dict, list)):
+        return json.dumps(value)
+    return str(value)
+
+
+def setting_text(settings, name):
+    """A setting's text; options of parts are only written down where they were set."""
+    return value_text(settings[name]) if name in settings else "default"
+
+
+def differing_fields(tables):
+    """Names whose values are not the same in all of the dicts, in the order in which they appear."""
+    names = {name: None for table in tables for name in table}
+    return [name for name in names if len({key_of(table.get(name)) for table in tables}) > 1]
+
+
 def key_of(value):
     """A hashable stand-in for a value of config.json; equal values have equal keys, 1 and 1.0 included."""
     if isinstance(value, dict):
@@ -142,6 +209,57 @@ def key_of(value):
     if number(value) is not None:
         return repr(float(value))
     return repr(value)
+
+
+# -- parts defined in config files
+
+
+def defined_parts(folder):
+    """{name: short hash} of the parts that config files in this folder register with a decorator or by assignment.
+
+    The hash is over everything in the file but its plain settings, comments left out: a helper that a part calls is
+    part of it. A file that cannot be parsed counts as its bytes.
+    """
+    parts = {}
+    for path in sorted(folder.glob("*.py")):
+        try:
+            source = path.read_bytes()
+        except OSError:
+            continue
+        if b"_REGISTRY" in source:
+            parts |= parts_of(source)
+    return parts
+
+
+def parts_of(source):
+    """{name: short hash} for one file's bytes."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        names, code = re.findall(r"_REGISTRY[(\[]\s*['\"](\w+)", source.decode("utf-8", "replace")), source
+    else:
+        names = [node.value for node in map(registered_name, ast.walk(tree)) if isinstance(node, ast.Constant)]
+        code = "\n".join(ast.unparse(node) for node in tree.body if not is_plain_setting(node)).encode()
+    return {str(name): hashlib.sha256(code).hexdigest()[:8] for name in names}
+
+
+def registered_name(node):
+    """The node of 'x' in X_REGISTRY('x') and X_REGISTRY['x'], else None."""
+    if isinstance(node, ast.Call) and node.args and is_registry(node.func):
+        return node.args[0]
+    return node.slice if isinstance(node, ast.Subscript) and is_registry(node.value) else None
+
+
+def is_registry(node):
+    return isinstance(node, ast.Name) and node.id.endswith("_REGISTRY")
+
+
+def is_plain_setting(node):
+    """A docstring, or an assignment of a value written out, such as n_layer = 4."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)
+    is_named = isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets)
+    return is_named and not any(isinstance(part, (ast.Call, ast.Lambda)) for part in ast.walk(node.value))
 
 
 class UnreadableRunError(Exception):
@@ -175,13 +293,13 @@ def load_run(folder):
         summary = None
         problems.append(f"{error}; read from metrics.jsonl instead")
     if summary is None:
-        rows, troubles = read_metrics(folder)
-        problems += troubles
+        rows, problems_of_metrics = read_metrics(folder)
+        problems += problems_of_metrics
         if not rows:
             raise UnreadableRunError("; ".join([*problems, "it has logged nothing yet"]))
         summary = summary_from_metrics(rows)
     status = str(summary.get("status") or "finished")
-    run = Run(folder.name, folder, config, "unfinished" if status == "running" else status)
+    run = Run(folder.name, folder, config, "unfinished" if status == "running" else status, summary=summary)
     run.values = table_values(run, summary)
     if run.is_finished and run.values.get(run.ranked_by) is None:
         count = run.values["non_finite_steps"]
@@ -205,6 +323,7 @@ def table_values(run, summary):
         "active_parameters": first(run.get("parameters", "active"), summary.get("n_active_params")),
         "flops_per_token": first(run.get("flops", "per_token_training"), summary.get("flops_per_token")),
         "hours": None if seconds is None else seconds / 3600,
+        "state_bytes": number(run.get("state", "bytes_per_sequence")),
         "stream_hash": short(summary.get("stream_hash"), None),
     }
     for name in (
@@ -219,9 +338,10 @@ def table_values(run, summary):
 # -- metrics.jsonl
 
 
-def read_metrics(folder):
+def read_metrics(folder, kind=None):
     """(rows, problems) of metrics.jsonl, in the order of steps; lines that are cut off or garbled are left out.
 
+    With a `kind` only its rows are parsed, which is most of the time that a long file takes.
     After a crash and a resume the steps in between were logged twice: the last line about a step counts.
     """
     try:
@@ -231,8 +351,13 @@ def read_metrics(folder):
     except OSError as error:
         return [], [f"metrics.jsonl cannot be read ({error})"]
     rows, bad_lines = {}, []
+    mark = None if kind is None else f'"{kind}"'.encode()
     for line_number, line in enumerate(lines, 1):
+        if mark is not None and mark not in line and line.endswith(b"}"):
+            continue
         row = parse_row(line)
+        if row is not None and kind is not None and row.get("kind") != kind:
+            continue
         if row is not None:
             rows[(str(row.get("kind")), row["step"])] = row
         elif line.strip():
@@ -405,213 +530,3 @@ def give_distinct_names(runs):
             depth += 1
             for run in same:
                 run.name = run.values["name"] = "/".join(run.folder.resolve().parts[-depth:])
-
-
-# -- the audit
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that is held equal. `read` takes it from a run; None means that the run does not say."""
-
-    what: str
-    severity: str  # voids: not ranked together; warns: a claim needs care; note: good to know
-    consequence: str
-    read: Callable
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that differs between runs: which value each has, and what follows from it."""
-
-    what: str
-    severity: str
-    consequence: str
-    runs_by_value: dict  # {value as text: [run name, ...]}
-
-
-SPEED = "speed, MFU, memory and hours are not comparable"
-
-
-def dataset_identity(run):
-    """Name and fingerprint, so that a reader sees which data, and an edited dataset of the same name is caught."""
-    name, fingerprint = run.get("dataset", "name", default="?"), run.get("dataset", "fingerprint")
-    return name if fingerprint is None else f"{name} ({str(fingerprint)[:10]})"
-
-
-def tokenizer_identity(run):
-    tokenizer, size = run.get("dataset", "tokenizer"), run.get("dataset", "vocab_size")
-    return tokenizer if tokenizer is None or size is None else f"{tokenizer} ({size} tokens)"
-
-
-def precision(run):
-    dtype = run.get("resolved", "dtype")
-    return f"{dtype} (TF32)" if dtype == "float32" and run.get("resolved", "tf32") is True else dtype
-
-
-def scored_by(run):
-    """'final_val_loss', or 'pseudo_perplexity of 1024 tokens' where a score is not of the whole evaluation set."""
-    n = run.get("resolved", "scoring", "tokens")
-    return run.ranked_by if n is None else f"{run.ranked_by} of {n} tokens"
-
-
-def short(value, length=10):
-    return None if value is None else str(value)[:length]
-
-
-CHECKS = (
-    Check("dataset", "voids", "different text", dataset_identity),
-    Check("tokenizer", "voids", "a token is not the same thing", tokenizer_identity),
-    Check("evaluation set", "voids", "scored on different windows",
-          lambda run: short(run.get("dataset", "evaluation_hash"))),
-    Check("objective", "voids", "the losses measure different tasks",
-          lambda run: run.get("training_config", "objective")),
-    Check("score", "voids", "judged by different numbers", scored_by),
-    Check("tokens", "warns", "more training, lower loss: not the same budget",
-          lambda run: run.values.get("tokens_processed")),
-    Check("tokens per step", "warns", "a different batch: fewer or more updates for the same tokens",
-          lambda run: run.get("resolved", "tokens_per_step")),
-    Check("block_size", "warns", "a longer context makes each token easier to predict",
-          lambda run: run.get("model_config", "block_size")),
-    Check("initial weights", "warns", "trained before, at a cost that is not counted here",
-          lambda run: run.get("initial_weights", "source", default="random")),
-    Check("precision", "warns", f"rounding differs; {SPEED}", precision),
-    Check("device", "warns", SPEED,
-          lambda run: run.get("resolved", "device_name", default=run.get("resolved", "device"))),
-    Check("world size", "warns", SPEED, lambda run: run.get("resolved", "world_size")),
-    Check("threads", "warns", SPEED, lambda run: run.get("resolved", "threads")),
-    Check("compile", "warns", SPEED, lambda run: run.get("resolved", "compile")),
-    Check("torch", "note", "speed and rounding may differ", lambda run: run.get("versions", "torch")),
-    Check("git commit", "note", "the code may differ", lambda run: short(run.get("git", "commit"))),
-)  # fmt: skip
-
-
-def comparable_groups(runs):
-    """[[Run, ...], ...]: runs that answer the same question, in the order in which they first appear."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run.comparability_key].append(run)
-    return list(groups.values())
-
-
-def audit(runs):
-    """Hold every pair of runs against every check. Returns what differs, the worst first.
-
-    Pairs are found by grouping on the value: two runs differ exactly where they fall into different groups, and a
-    thousand runs take no longer than they must.
-    """
-    findings = [found for check in CHECKS for found in differing(check, runs)]
-    findings += stream_findings(runs) + kernel_findings(runs) + peak_findings(runs) + honesty_findings(runs)
-    if len({key_of(run.seed) for run in runs}) > 1 and not has_complete_seeds(runs):
-        seed = Check("seed", "note", "other seed, other weights and order of data: not paired", lambda run: run.seed)
-        findings += differing(seed, runs)
-    findings += training_findings(runs)
-    return sorted(findings, key=lambda finding: ("voids", "warns", "note").index(finding.severity))
-
-
-def differing(check, runs):
-    """[Finding] when the runs do not all have the same value, else []."""
-    by_value = defaultdict(list)
-    for run in runs:
-        value = check.read(run)
-        by_value["not recorded" if value is None else value_text(value)].append(run.name)
-    return [Finding(check.what, check.severity, check.consequence, dict(by_value))] if len(by_value) > 1 else []
-
-
-def value_text(value):
-    """A setting's value as a person would type it; whole numbers with thousands separated."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, (dict, list)):
-        return json.dumps(value)
-    return str(value)
-
-
-def setting_text(settings, name):
-    """A setting's text; options of parts are only written down where they were set."""
-    return value_text(settings[name]) if name in settings else "default"
-
-
-def stream_findings(runs):
-    """Runs of one seed, one batch shape and as many tokens must have drawn the same tokens in the same order.
-
-    The hash runs along with training, so runs of different lengths end on different hashes: those say nothing here.
-    """
-    alike = defaultdict(list)
-    for run in runs:
-        if run.values.get("stream_hash") is not None:
-            shape = run.get("resolved", "tokens_per_step"), run.get("model_config", "block_size")
-            place = run.comparability_key, run.seed, run.values.get("tokens_processed"), *shape
-            alike[key_of(list(place))].append(run)
-    return [found for same in alike.values() for found in differing(stream_check(same[0].seed), same)]
-
-
-def stream_check(seed):
-    consequence = "not the same tokens in the same order: these runs are not paired"
-    return Check(f"stream of seed {seed}", "warns", consequence, lambda run: short(run.values["stream_hash"]))
-
-
-def kernel_findings(runs):
-    """Kernels are compared part by part: a Mamba run has no attention kernel to differ in."""
-    found = []
-    for part in {part: None for run in runs for part in run.kernels}:
-        using = [run for run in runs if part in run.kernels]
-        check = Check(f"{part} kernel", "warns", SPEED, lambda run, part=part: run.kernels[part])
-        found += differing(check, using)
-    return found
-
-
-def peak_findings(runs):
-    """MFU is a share of a peak. Where that is measured at start, one machine's peak moves with its other work."""
-    peaks = {run: number(run.get("resolved", "peak_flops_per_second")) for run in runs}
-    known = [peak for peak in peaks.values() if peak]
-    if not known or max(known) <= 1.1 * min(known):
-        return []
-    text = {run: None if peak is None else f"{peak / 1e9:,.0f} GFLOP/s" for run, peak in peaks.items()}
-    return differing(Check("peak", "note", "MFU is a share of different peaks", text.get), runs)
-
-
-def honesty_findings(runs):
-    """What a reader must know even when all runs share it: runs cut short, code that no commit holds."""
-    found = []
-    cut_short = [run for run in runs if not run.is_finished]
-    if cut_short:
-        by_status = defaultdict(list)
-        for run in cut_short:
-            by_status[run.status].append(run.name)
-        found.append(Finding("status", "warns", "not ranked: the loss is not that of a whole run", dict(by_status)))
-    dirty = [run.name for run in runs if run.get("git", "dirty") is True]
-    if dirty:
-        consequence = "the commit does not tell the code that ran"
-        found.append(Finding("git", "note", consequence, {"uncommitted changes": dirty}))
-    for check in CHECKS:
-        silent = [run.name for run in runs if check.severity == "voids" and check.read(run) in (None, "?")]
-        if silent and len(silent) == len(runs):
-            found.append(Finding(check.what, "warns", "cannot be checked", {"not recorded": silent}))
-    return found
-
-
-def has_complete_seeds(runs):
-    """True when every configuration was run with the same seeds, so that seeds do not tell two of them apart."""
-    seeds = defaultdict(set)
-    for run in runs:
-        seeds[run.configuration_key].add(key_of(run.seed))
-    return len({frozenset(each) for each in seeds.values()}) == 1
-
-
-def training_findings(runs):
-    """Settings of training, beside the audited ones, in which the runs differ."""
-    found = []
-    for name in differing_fields([run.training for run in runs]):
-        if name in RESOLVED_TRAINING:
-            continue
-        consequence = "the difference is not the architecture's alone"
-        check = Check(name, "note", consequence, lambda run, name=name: setting_text(run.training, name))
-        found += differing(check, runs)
-    return found
-
-
-def differing_fields(tables):
-    """Names whose values are not the same in all of the dicts, in the order in which they appear."""
-    names = {name: None for table in tables for name in table}
-    return [name for name in names if len({key_of(table.get(name)) for table in tables}) > 1]

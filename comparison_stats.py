@@ -1,13 +1,12 @@
 """Statistics of a comparison: intervals over seeds, differences paired by seed, ties called ties. NumPy only.
 
 Pure functions. A configuration is everything but the seed; its runs are one sample. Intervals are Student's t at 95%,
-because seeds are few: with two seeds the factor is 12.7, with three 4.3, with five 2.8.
+because seeds are few: with two seeds the factor is 12.7, with three 4.3, with five 2.8. Where several differences are
+judged at once, their p-values are corrected with Holm's method, and a tie is what does not survive it.
 """
 
 import functools
 import math
-import re
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,15 +69,27 @@ class Estimate:
             return "one seed"
         return "separable" if abs(self.mean) > self.half_width else "not separable"
 
+    @property
+    def p_value(self):
+        """Two-sided, of the hypothesis that the mean is zero; None below two seeds."""
+        if self.half_width is None:
+            return None
+        if not self.spread:
+            return 1.0 if self.mean == 0 else 0.0
+        return 1 - t_probability_within(abs(self.mean) * math.sqrt(self.n) / self.spread, self.n - 1)
+
 
 def estimate(values, confidence=CONFIDENCE):
     """Mean, t interval and standard deviation of the values that are there (None and NaN are not)."""
-    kept = np.array([value for value in values if value is not None and math.isfinite(value)], dtype=float)
+    kept = [value for value in values if value is not None and math.isfinite(value)]
     n = len(kept)
-    if n < 2:
-        return Estimate(mean=float(kept[0]) if n else None, n=n)
-    spread = float(kept.std(ddof=1))
-    return Estimate(float(kept.mean()), t_quantile(n - 1, confidence) * spread / math.sqrt(n), spread, n)
+    if n == 0:
+        return Estimate(mean=None)
+    mean = math.fsum(kept) / n
+    if n == 1:
+        return Estimate(mean=mean, n=1)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in kept) / (n - 1))
+    return Estimate(mean, t_quantile(n - 1, confidence) * spread / math.sqrt(n), spread, n)
 
 
 def paired_difference(first, second, confidence=CONFIDENCE):
@@ -91,81 +102,39 @@ def difference(first, second):
     return None if first is None or second is None else second - first
 
 
-# -- configurations
+def paired_ratio(first, second):
+    """Estimate of log(second / first) from two dicts {seed: positive value}, over the seeds that both have.
+
+    Ratios of costs are averaged as logarithms, so that 2x and 0.5x cancel; `math.exp` of the mean is the ratio.
+    """
+    seeds = [seed for seed in first if seed in second and first[seed] and second[seed]]
+    return estimate([math.log(second[seed] / first[seed]) for seed in seeds])
 
 
-@dataclass(eq=False)
-class Configuration:
-    """Runs that differ in their seed alone. One run is a configuration too."""
-
-    label: str
-    runs: list
-
-    @property
-    def is_finished(self):
-        return self.runs[0].is_finished  # a run that did not finish stands by itself
-
-    @property
-    def seeds(self):
-        """[seed, ...] in the order of the runs, each once."""
-        return list(dict.fromkeys(run.seed for run in self.runs))
-
-    def by_seed(self, column):
-        """{seed: value}; a seed that was run twice counts once, by its mean."""
-        values = defaultdict(list)
-        for run in self.runs:
-            values[run.seed].append(run.values.get(column))
-        return {seed: estimate(each).mean for seed, each in values.items()}
-
-    def estimate(self, column):
-        return estimate(self.by_seed(column).values())
-
-    def stream(self):
-        """{seed: stream hash, or None where runs of the seed disagree}: only equal hashes are paired."""
-        hashes = defaultdict(set)
-        for run in self.runs:
-            hashes[run.seed].add(run.values.get("stream_hash"))
-        return {seed: each.copy().pop() if len(each) == 1 else None for seed, each in hashes.items()}
+# -- many comparisons, and orders
 
 
-def group_configurations(runs):
-    """[Configuration, ...] in the order in which each first appears."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run.configuration_key].append(run)
-    configurations = [Configuration(label_of(group), group) for group in groups.values()]
-    taken = defaultdict(list)
-    for configuration in configurations:
-        taken[configuration.label].append(configuration)
-    for same in taken.values():
-        for configuration in same if len(same) > 1 else []:
-            configuration.label = plain_label(configuration.runs)
-    return configurations
+def holm(p_values):
+    """Holm's step-down adjustment (Holm 1979, Scandinavian Journal of Statistics 6:65): adjusted p-values, in order.
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on, never falling below the one before. Rejecting
+    what stays under 0.05 keeps the chance of any false claim among all m under 5%.
+    """
+    m, adjusted, before = len(p_values), [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(m), key=p_values.__getitem__)):
+        before = max(before, min(1.0, (m - rank) * p_values[index]))
+        adjusted[index] = before
+    return adjusted
 
 
-def label_of(runs):
-    """The name that the runs share once their seeds are cut out of it, else the first name and how many more."""
-    if len(runs) == 1:
-        return runs[0].name
-    names = {without_seed(run.name, run.seed) for run in runs}
-    return names.pop() if len(names) == 1 else plain_label(runs)
+def kendall_tau(first, second):
+    """Kendall's tau-b between two lists of scores of the same things: 1 the same order, -1 reversed, None undefined.
 
-
-def plain_label(runs):
-    return runs[0].name + (f" +{len(runs) - 1}" if len(runs) > 1 else "")
-
-
-def without_seed(name, seed):
-    """'llama-s1338' -> 'llama' when the seed is 1338; llama_seed=1338 and llama-1338-small lose theirs too."""
-    return re.sub(rf"(^|[-_.])(s|seed)?[-_=]?{seed}(?=$|[-_.])", "", name, count=1).strip("-_.") or name
-
-
-def paired(first, second, column):
-    """Estimate of second - first for two configurations, over seeds whose batch streams were the same."""
-    streams, others = first.stream(), second.stream()
-    same = {seed for seed in streams if streams[seed] is not None and streams[seed] == others.get(seed)}
-    values = {seed: value for seed, value in first.by_seed(column).items() if seed in same}
-    return paired_difference(values, second.by_seed(column))
+    Kendall 1945, The treatment of ties in ranking problems: (concordant - discordant) / sqrt(untied x untied).
+    """
+    signs = [np.sign(np.subtract.outer(scores, scores)) for scores in (np.asarray(first), np.asarray(second))]
+    untied = [np.abs(each).sum() for each in signs]
+    return float((signs[0] * signs[1]).sum() / math.sqrt(untied[0] * untied[1])) if all(untied) else None
 
 
 # -- curves

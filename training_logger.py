@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from configurator import save_sources
-from model_flops import active_parameters, mfu, parameters_by_group
+from model_flops import active_parameters, mfu, parameters_by_group, state_bytes
 from training_checkpoint import write_atomically, write_json
 from training_ledger import own_scores
 from training_parallel import peak_memory_bytes
@@ -431,6 +431,10 @@ def config_record(settings, run_name, model, flops, dataset, validation, resolve
             "groups": parameters_by_group(model),
         },
         "flops": flops.to_dict(),
+        "state": {
+            "bytes_per_sequence": state_bytes(model, model.config.block_size) if model.config.causal else None,
+            "context": model.config.block_size,
+        },
         "dataset": {
             "name": dataset.name, "fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer_name,
             "vocab_size": dataset.vocab_size, "train_tokens": len(dataset.train), "val_tokens": len(dataset.val),

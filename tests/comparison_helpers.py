@@ -24,6 +24,7 @@ CONFIG = {
         "tf32": False, "threads": 2, "peak_flops_per_second": 1e11,
         "kernels": {"attention": "sdpa"}, "max_iters": 100, "tokens_per_step": 768,
     },
+    "state": {"bytes_per_sequence": 32_768, "context": 64},
     "parameters": {"total": 1_000_000, "active": 1_000_000, "groups": {"embedding": 8192}},
     "flops": {"per_token_forward": 2e6, "per_token_training": 6e6, "convention": "no causal half", "parts": {}},
     "dataset": {
@@ -101,3 +102,18 @@ def metrics_rows(summary, points=10):
         rows.append({"kind": "train", "loss": loss, "tokens_per_second": 2133.0, "mfu": 0.25, **shared})
         rows.append({"kind": "eval", "val_loss": loss, "bits_per_byte": loss and loss * 1.4427, **shared})
     return rows
+
+
+def rows_of(points, **more):
+    """Evaluation rows through (tokens, loss), one hour for each thousand tokens."""
+    return [
+        {
+            "kind": "eval",
+            "step": index,
+            "tokens_processed": tokens,
+            "val_loss": loss,
+            "train_seconds": tokens * 3.6,
+            **more,
+        }
+        for index, (tokens, loss) in enumerate(points)
+    ]

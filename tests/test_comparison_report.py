@@ -6,25 +6,13 @@ import io
 import pytest
 from rich.console import Console
 
+from comparison_analysis import analyse
 from comparison_helpers import make_run
 from comparison_plots import draw_curves, legend_label, loss_limits
-from comparison_report import (
-    COLUMNS,
-    OF_ONE_OBJECTIVE,
-    ONE_SEED,
-    component_effects,
-    count,
-    escape,
-    hours,
-    mebibytes,
-    rank,
-    show,
-    si,
-    wrapped,
-    write_csv,
-    write_markdown,
-)
+from comparison_ranking import COLUMNS, OF_ONE_OBJECTIVE, component_effects, rank
+from comparison_report import escape, show, wrapped, write_csv, write_markdown
 from comparison_runs import find_runs
+from comparison_words import ONE_SEED
 
 
 def ranked(folder, sort="final_val_loss"):
@@ -33,32 +21,13 @@ def ranked(folder, sort="final_val_loss"):
 
 def shown(rankings, width=100, problems=(), **options):
     console = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
-    show(rankings, list(problems), console, **options)
+    show(rankings, [analyse(ranking) for ranking in rankings], list(problems), console, **options)
     return console.file.getvalue()
 
 
 def two_runs(folder, **changes):
     make_run(folder, "gpt2", {"final_val_loss": 2.012}, normalization="layernorm", **changes)
     make_run(folder, "llama", {"final_val_loss": 2.0}, **changes)
-
-
-# -- numbers
-
-
-@pytest.mark.parametrize(
-    "value, text",
-    [(0, "0"), (5, "5"), (999, "999"), (1000, "1.00k"), (1_536_000, "1.54M"), (124_439_808, "124M"),
-     (999_950, "1.00M"), (8.55e8, "855M"), (1e18, "1.00E"), (12_345, "12.3k"), (None, "-")],
-)  # fmt: skip
-def test_si(value, text):
-    assert si(value) == text
-
-
-def test_units():
-    assert count(1.3e9) == "1.30B"
-    assert mebibytes(512 * 2**20) == "512MiB"
-    assert mebibytes(3 * 2**29) == "1.50GiB"
-    assert [hours(value) for value in (None, 0.0123, 0.5, 12)] == ["-", "0.012", "0.50", "12.00"]
 
 
 def test_wrapped_breaks_after_separators():
@@ -93,7 +62,7 @@ def test_one_component_apart_is_named_with_its_effect(tmp_path):
     (ranking,) = ranked(tmp_path)
     ((name, worse, better, effect),) = component_effects(ranking)
     assert (name, worse.label, better.label) == ("normalization", "gpt2", "llama")
-    assert effect.mean == pytest.approx(-0.012)
+    assert effect.difference.mean == pytest.approx(0.012) and effect.first is better
     assert "normalization: layernorm -> rmsnorm  -0.0120 (one seed)  (#2 -> #1)" in shown([ranking])
 
 
@@ -184,7 +153,7 @@ def test_what_was_equal_stands_before_the_table(tmp_path):
     two_runs(tmp_path)
     text = shown(ranked(tmp_path), width=220)
     assert text.index("dataset, tokenizer, evaluation set, objective, score, tokens") < text.index("1  llama")
-    assert "batch stream of each seed" in text
+    assert "batch stream of each seed" in " ".join(text.split())
     assert "Careful" not in text
 
 
@@ -258,7 +227,8 @@ def test_csv_has_a_row_for_each_run_in_full_precision(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path, f"a-{seed}", {"final_val_loss": 2.0 + seed / 3}, seed=seed)
     make_run(tmp_path, "ünfinished", summary=None, n_layer=3)
-    write_csv(ranked(tmp_path), tmp_path / "table.csv")
+    rankings = ranked(tmp_path)
+    write_csv(rankings, [analyse(each) for each in rankings], tmp_path / "table.csv")
     with open(tmp_path / "table.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["rank"], row["name"], row["configuration"], row["seeds"]) for row in rows] == [
@@ -275,7 +245,14 @@ def test_markdown_holds_the_table_the_words_and_the_pictures(tmp_path):
     two_runs(tmp_path)
     make_run(tmp_path, "pipe|name", n_layer=3)
     path = tmp_path / "table.md"
-    write_markdown(ranked(tmp_path), ["bad_run: left out"], [[tmp_path / "validation_loss.png"]], path)
+    rankings = ranked(tmp_path)
+    write_markdown(
+        rankings,
+        [analyse(each) for each in rankings],
+        ["bad_run: left out"],
+        [[tmp_path / "validation_loss.png"]],
+        path,
+    )
     text = path.read_text(encoding="utf-8")
     assert "| 1 | llama | 2L-2H-32D-RoPE-RMS-SwiGLU-PreNorm | 1.00M |" in text
     assert "pipe\\|name" in text
@@ -283,7 +260,7 @@ def test_markdown_holds_the_table_the_words_and_the_pictures(tmp_path):
     assert "![validation loss](validation_loss.png)" in text
     assert "normalization: layernorm -> rmsnorm" in text
     table = [line for line in text.replace("\\|", "").splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in table} == {len(COLUMNS) - len(OF_ONE_OBJECTIVE) + 4}
+    assert {line.count("|") for line in table} == {len(rankings[0].columns) + 5}
 
 
 def test_escape():

@@ -1,11 +1,12 @@
-"""Finding, reading and auditing runs: every check once, every kind of damage once."""
+"""Finding and reading runs: every kind of damage once."""
 
 import json
 
 import pytest
 
+from comparison_audit import audit
 from comparison_helpers import make_run, write_json
-from comparison_runs import CHECKS, audit, comparable_groups, find_runs, load_run, number, read_metrics
+from comparison_runs import find_runs, load_run, number, read_metrics
 from user_errors import UserError
 
 
@@ -181,113 +182,6 @@ def test_number_takes_finite_numbers_only():
     assert [number(value) for value in (1, 2.5, True, None, "3", float("nan"), float("-inf"), 10**400)] == [
         1, 2.5, None, None, None, None, None, None,
     ]  # fmt: skip
-
-
-# -- the audit
-
-
-def findings_of(tmp_path, first=(), second=(), summary=()):
-    make_run(tmp_path, "a", **dict(first))
-    make_run(tmp_path, "b", dict(summary), **dict(second))
-    return {finding.what: finding for finding in audit(find_runs(tmp_path)[0])}
-
-
-def test_equal_runs_have_no_findings(tmp_path):
-    assert findings_of(tmp_path, second={"n_layer": 3, "normalization": "layernorm"}) == {}
-
-
-AUDIT_CASES = [
-    ("dataset", "voids", {"dataset__fingerprint": "other"}),
-    ("dataset", "voids", {"dataset__name": "shakespeare_char"}),
-    ("tokenizer", "voids", {"dataset__tokenizer": "gpt2"}),
-    ("tokenizer", "voids", {"dataset__vocab_size": 512}),
-    ("evaluation set", "voids", {"dataset__evaluation_hash": "other"}),
-    ("objective", "voids", {"objective": "masked_lm"}),
-    ("score", "voids", {"resolved__scoring": {"ranked_by": "pseudo_perplexity", "tokens": 1024}}),
-    ("tokens per step", "warns", {"resolved__tokens_per_step": 1536}),
-    ("block_size", "warns", {"block_size": 128}),
-    ("initial weights", "warns", {"initial_weights": {"source": "hf:gpt2"}}),
-    ("precision", "warns", {"resolved__dtype": "bfloat16"}),
-    ("precision", "warns", {"resolved__tf32": True}),
-    ("threads", "warns", {"resolved__threads": 4}),
-    ("peak", "note", {"resolved__peak_flops_per_second": 1.2e11}),
-    ("device", "warns", {"resolved__device_name": "another processor"}),
-    ("world size", "warns", {"resolved__world_size": 2}),
-    ("compile", "warns", {"resolved__compile": True}),
-    ("attention kernel", "warns", {"resolved__kernels": {"attention": "flex"}}),
-    ("torch", "note", {"versions__torch": "2.11.0"}),
-    ("git commit", "note", {"git__commit": "badc0de"}),
-    ("git", "note", {"git__dirty": True}),
-    ("seed", "note", {"seed": 1, "n_layer": 3}),
-    ("learning_rate", "note", {"learning_rate": 3e-4}),
-]
-
-
-@pytest.mark.parametrize("what, severity, change", AUDIT_CASES)
-def test_each_difference_is_found_and_weighed(tmp_path, what, severity, change):
-    findings = findings_of(tmp_path, second=change)
-    assert list(findings) == [what]
-    assert findings[what].severity == severity
-    assert "b" in {name for names in findings[what].runs_by_value.values() for name in names}
-
-
-def test_every_check_has_a_case():
-    tested = {what for what, _, _ in AUDIT_CASES} | {"tokens"}
-    assert {check.what for check in CHECKS} <= tested
-
-
-def test_different_lengths_say_tokens_and_say_nothing_about_the_stream(tmp_path):
-    findings = findings_of(tmp_path, summary={"tokens_processed": 153_600, "stream_hash": "later"})
-    assert list(findings) == ["tokens"]
-    assert findings["tokens"].runs_by_value == {"76,800": ["a"], "153,600": ["b"]}
-
-
-def test_equal_lengths_with_different_streams_are_not_paired(tmp_path):
-    findings = findings_of(tmp_path, summary={"stream_hash": "other"})
-    assert list(findings) == ["stream of seed 1337"]
-    assert findings["stream of seed 1337"].severity == "warns"
-
-
-def test_an_interrupted_run_is_named(tmp_path):
-    findings = findings_of(tmp_path, summary={"status": "interrupted"})
-    assert findings["status"].runs_by_value == {"interrupted": ["b"]}
-
-
-def test_kernels_of_different_parts_are_not_compared(tmp_path):
-    kernels = {"mamba2": "triton", "attention": "sdpa"}
-    assert findings_of(tmp_path, second={"resolved__kernels": kernels}) == {}
-
-
-def test_the_same_seeds_everywhere_are_not_a_finding(tmp_path):
-    for seed in (1, 2):
-        make_run(tmp_path, f"a{seed}", seed=seed)
-        make_run(tmp_path, f"b{seed}", seed=seed, n_layer=3)
-    assert audit(find_runs(tmp_path)[0]) == []
-
-
-def test_what_no_run_records_cannot_be_checked(tmp_path):
-    nothing = {"dataset__evaluation_hash": None}
-    findings = findings_of(tmp_path, first=nothing, second=nothing)
-    assert findings["evaluation set"].severity == "warns"
-    assert findings["evaluation set"].consequence == "cannot be checked"
-
-
-def test_a_measured_peak_may_wobble(tmp_path):
-    assert findings_of(tmp_path, second={"resolved__peak_flops_per_second": 1.05e11}) == {}
-
-
-def test_the_worst_comes_first(tmp_path):
-    change = {"git__dirty": True, "resolved__compile": True, "dataset__fingerprint": "other"}
-    severities = [finding.severity for finding in findings_of(tmp_path, second=change).values()]
-    assert severities == ["voids", "warns", "note"]
-
-
-def test_runs_that_answer_different_questions_are_grouped_apart(tmp_path):
-    make_run(tmp_path, "a")
-    make_run(tmp_path, "b", dataset__fingerprint="other")
-    make_run(tmp_path, "c", n_layer=3, resolved__dtype="bfloat16")
-    make_run(tmp_path, "d", objective="masked_lm")
-    assert sorted(map(names, comparable_groups(find_runs(tmp_path)[0]))) == [["a", "c"], ["b"], ["d"]]
 
 
 def test_metrics_are_not_read_for_a_finished_run(tmp_path):

@@ -4,20 +4,17 @@ import math
 
 import pytest
 
-from comparison_helpers import make_run
-from comparison_runs import find_runs
 from comparison_stats import (
-    Configuration,
     Estimate,
     estimate,
     first_crossing,
-    group_configurations,
-    paired,
+    holm,
+    kendall_tau,
     paired_difference,
+    paired_ratio,
     smooth,
     t_probability_within,
     t_quantile,
-    without_seed,
 )
 
 # Two-sided critical values of Student's t, as printed in every textbook: degrees, 90%, 95%, 99%.
@@ -81,73 +78,6 @@ def test_verdict(values, verdict):
     assert estimate(values).verdict == verdict
 
 
-@pytest.mark.parametrize(
-    "name, seed, expected",
-    [
-        ("llama-s1338", 1338, "llama"),
-        ("llama_seed=1338", 1338, "llama"),
-        ("llama-1338-small", 1338, "llama-small"),
-        ("4L-llama-4", 4, "4L-llama"),
-        ("llama-13", 1338, "llama-13"),
-        ("1338", 1338, "1338"),
-    ],
-)
-def test_without_seed(name, seed, expected):
-    assert without_seed(name, seed) == expected
-
-
-def runs_in(folder):
-    return find_runs(folder)[0]
-
-
-def test_runs_that_differ_in_their_seed_are_one_configuration(tmp_path):
-    for seed in (1, 2, 3):
-        make_run(tmp_path, f"llama-s{seed}", {"final_val_loss": 2.0 + seed / 10}, seed=seed, log_interval=seed)
-    make_run(tmp_path, "gpt2", seed=1, normalization="layernorm")
-    configurations = group_configurations(runs_in(tmp_path))
-    assert sorted((each.label, len(each.runs)) for each in configurations) == [("gpt2", 1), ("llama", 3)]
-    llama = next(each for each in configurations if each.label == "llama")
-    assert llama.estimate("final_val_loss").mean == pytest.approx(2.2)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"learning_rate": 3e-4}, {"n_layer": 3}, {"resolved__max_iters": 200}, {"resolved__dtype": "bfloat16"},
-     {"model_config__part_options": {"rope_theta": 5e5}}, {"dataset__fingerprint": "other"}],
-    ids=lambda change: next(iter(change)),
-)  # fmt: skip
-def test_whatever_else_differs_makes_another_configuration(tmp_path, change):
-    make_run(tmp_path, "a", seed=1)
-    make_run(tmp_path, "b", seed=2, **change)
-    assert len(group_configurations(runs_in(tmp_path))) == 2
-
-
-def test_a_run_that_did_not_finish_is_not_averaged_in(tmp_path):
-    make_run(tmp_path, "a", seed=1)
-    make_run(tmp_path, "b", {"status": "interrupted"}, seed=2)
-    assert len(group_configurations(runs_in(tmp_path))) == 2
-
-
-def test_one_seed_run_twice_counts_once(tmp_path):
-    for name, loss, seed in (("a", 2.0, 1), ("b", 2.2, 1), ("c", 3.0, 2)):
-        make_run(tmp_path, name, {"final_val_loss": loss}, seed=seed)
-    (configuration,) = group_configurations(runs_in(tmp_path))
-    result = configuration.estimate("final_val_loss")
-    assert (result.n, result.mean) == (2, pytest.approx((2.1 + 3.0) / 2))
-    assert configuration.label == "a +2"
-
-
-def test_runs_are_paired_only_when_their_streams_are_equal(tmp_path):
-    for seed in (1, 2):
-        make_run(tmp_path, f"a{seed}", {"final_val_loss": 2.0}, seed=seed)
-        stream = {"stream_hash": "other"} if seed == 2 else {}
-        make_run(tmp_path, f"b{seed}", {"final_val_loss": 2.5, **stream}, seed=seed, n_layer=3)
-    runs = {run.name: run for run in runs_in(tmp_path)}
-    first = Configuration("a", [runs["a1"], runs["a2"]])
-    second = Configuration("b", [runs["b1"], runs["b2"]])
-    assert paired(first, second, "final_val_loss") == Estimate(mean=0.5, n=1)
-
-
 def test_first_crossing_interpolates():
     assert first_crossing([0, 100, 200], [4.0, 3.0, 2.0], 2.5) == 150
     assert first_crossing([0, 100, 200], [4.0, None, 2.0], 3.0) == 100
@@ -160,3 +90,56 @@ def test_smooth_keeps_a_constant_and_passes_over_gaps():
     assert smoothed[[0, 2, 3]] == pytest.approx([2.0, 2.0, 2.0])
     assert math.isnan(smoothed[1])
     assert smooth([4.0, 2.0], span=2)[1] == pytest.approx((4 * 0.25 + 2 * 0.5) / 0.75)
+
+
+# -- many comparisons, and orders
+
+
+@pytest.mark.parametrize("row", T_TABLE[:5], ids=lambda row: f"df{row[0]}")
+def test_p_value_is_five_percent_at_the_published_quantile(row):
+    degrees, _, t, _ = row
+    n = degrees + 1
+    values = [math.sqrt(n / 2) * sign for sign in (-1, 1)] + [0.0] * (n - 2)
+    spread = estimate(values).spread
+    shifted = estimate([value + t * spread / math.sqrt(n) for value in values])
+    assert shifted.p_value == pytest.approx(0.05, abs=3e-5)
+
+
+def test_p_value_of_the_extremes():
+    assert estimate([0.0, 0.0]).p_value == 1
+    assert estimate([0.1, 0.1]).p_value == 0
+    assert estimate([0.1]).p_value is None
+
+
+def test_holm_by_hand():
+    # in order 0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 x 1, which may not fall below the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_takes_back_a_difference_that_stands_alone():
+    alone = estimate([0.010, 0.012, 0.015]).p_value
+    assert alone < 0.05 < holm([alone, 0.2, 0.3, 0.4])[0]
+
+
+def test_kendall_tau_by_hand():
+    assert kendall_tau([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]) == 1
+    assert kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    assert kendall_tau([1, 2, 3, 4, 5], [3, 4, 1, 2, 5]) == pytest.approx(0.2)  # 4 of 10 pairs disagree
+    assert kendall_tau([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(5 / math.sqrt(5 * 6))  # tau-b: one tie in five
+    assert kendall_tau([1, 1], [1, 2]) is None
+
+
+def test_paired_ratio_averages_logarithms():
+    ratio = paired_ratio({1: 1.0, 2: 4.0, 3: 9.0}, {1: 2.0, 2: 2.0, 4: 1.0})  # 2x and 0.5x cancel
+    assert (ratio.n, ratio.mean) == (2, pytest.approx(0))
+    assert paired_ratio({1: 2.0}, {1: None}).n == 0
+
+
+def test_against_scipy():
+    scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    values = [0.3, -0.1, 0.25, 0.4]
+    assert estimate(values).p_value == pytest.approx(scipy.ttest_1samp(values, 0).pvalue)
+    first, second = [3, 1, 2, 2, 5], [2, 1, 3, 4, 4]
+    assert kendall_tau(first, second) == pytest.approx(scipy.kendalltau(first, second).statistic)

@@ -74,6 +74,7 @@ def test_config_json_tells_the_whole_story(whole):
     assert config["parameters"]["total"] == sum(config["parameters"]["groups"].values()) == 7472
     assert config["flops"]["per_token_training"] == 3 * config["flops"]["per_token_forward"] > 0
     assert "causal half" in config["flops"]["convention"]
+    assert config["state"] == {"bytes_per_sequence": 16 * 2 * 16 * 4, "context": 16}  # T keys and values of C float32
     assert len(config["dataset"]["fingerprint"]) == 64 and config["dataset"]["tokenizer"] == "byte"
     assert config["resolved"]["device"] == "cpu" and config["resolved"]["kernels"]["attention"] == "sdpa"
     assert "attention" not in config["resolved"]["kernels_not_taken"]
