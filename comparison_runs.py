@@ -29,6 +29,8 @@ RUN_FORMAT = 1  # of config.json and summary.json; older ones are read as far as
 
 # Settings that leave the weights alone: two runs that differ only here, or in the seed, are the same configuration.
 BOOKKEEPING = {
+    "match", "match_to", "eval_schedule", "checkpoint_tokens", "first_epoch_checkpoints", "subsequent_epochs_spacing",
+    "min_checkpoints_per_epoch",  # what `match` solved is in the model's own fields
     "run_name", "runs_dir", "seed", "init_from", "resume_step", "data_dir", "input", "shard_tokens",
     "prefetch_batches", "loss_chunk_elements", "kernel_backend", "max_non_finite_steps", "threads", "eval_interval",
     "eval_only", "sample_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "layer_stats_interval",

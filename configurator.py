@@ -33,6 +33,7 @@ class Settings:
     train: TrainConfig
     sources: list  # [(file name, text)] of the config files, verbatim, in order
     given: dict  # the settings that the command or its files set, with their values
+    named: frozenset = frozenset()  # those of them that it named itself, not through a preset or a size
 
 
 # ---- the one flat namespace ------------------------------------------------------------------------------------------
@@ -94,16 +95,18 @@ def read_settings(arguments, base=None):
     Raises:
         UserError: an unknown name, a wrong type, a file that is missing or fails, a contradiction.
     """
-    values, given, sources = _read_values(arguments, base or {})
+    values, given, named, sources = _read_values(arguments, base or {})
     if base is None and values.get("init_from") == "resume":
         return resume(arguments)
     model, train = build_configs(values)
-    return Settings(model, train, sources, given)
+    return Settings(model, train, sources, given, frozenset(named))
 
 
 def _read_values(arguments, base):
-    """(all settings given or in `base`, those that the arguments give, config file sources), not yet validated."""
-    values, given, sources = dict(base), {}, []
+    """(all settings given or in `base`, those that the arguments give, the names of those that they name themselves,
+    config file sources), not yet validated.
+    """
+    values, given, named, sources = dict(base), {}, set(), []
     for kind, item in split_arguments(arguments):
         if kind == "file":
             assigned = exec_config_file(item, values)
@@ -111,13 +114,15 @@ def _read_values(arguments, base):
         else:
             name, text = item
             assigned = {name: parse_value(name, text)}
+        typed = {*assigned}
         assigned = expand_preset(assigned)
+        named = named - {*assigned} | typed
         for name in brought_only_by(values.get("arch_preset"), assigned):
             values.pop(name, None)
             given.pop(name, None)
         values.update(assigned)
         given.update(assigned)
-    return values, given, sources
+    return values, given, named, sources
 
 
 def split_arguments(arguments, types=None):
@@ -318,7 +323,7 @@ def load_run(run_folder):
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         model_values, train_values = record["model_config"], record["training_config"]
-        values = flatten(model_values, train_values)
+        values = options_from_json(flatten(model_values, train_values))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read; restore it, or start a new run") from None
     for name, value in values.items():
@@ -339,6 +344,8 @@ FIXED_FOR_A_RUN = (
     "variant",
     "objective",
     "optimizer",
+    "match",
+    "match_to",
 )
 FOR_ONE_COMMAND = ("resume_step", "eval_only")  # what an earlier command of the run said is not meant for the next
 LENGTHS = ("max_iters", "max_tokens", "epochs")  # giving one takes the place of the one that the run had

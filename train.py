@@ -28,6 +28,7 @@ import torch  # noqa: E402
 import configurator  # noqa: E402
 import kernels  # noqa: E402
 import model_interop as interop  # noqa: E402
+import model_matching as matching  # noqa: E402
 import training_checkpoint as checkpoint  # noqa: E402
 import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
@@ -64,10 +65,15 @@ def train(arguments, closing):
     extra_tokens = OBJECTIVE_REGISTRY[config.objective].extra_tokens(config)
     settings = configurator.with_vocabulary(settings, dataset.vocab_size + extra_tokens)
     dataset.check_vocab(settings.model.vocab_size, extra_tokens)
+    if config.match and not is_resumed:  # a resumed run keeps the shape that it was given
+        settings = matching.with_matched_shape(settings)
     block_size = settings.model.block_size
     stream = BatchStream(dataset, block_size, config.sequences_per_step, config.seed)
     validation = ValidationSet(dataset, block_size, windows_of(config.eval_iters, block_size))
     total_steps = config.total_steps(stream.tokens_per_step, stream.steps_per_epoch)
+    total_tokens = config.total_tokens(stream.tokens_per_step, stream.tokens_per_epoch)
+    counts = checkpoint.token_schedule(config, stream.tokens_per_epoch, total_tokens)
+    due = checkpoint.scheduled_steps(counts, stream.tokens_per_step, total_steps)  # {step: scheduled tokens}
 
     # ---- model, objective, optimizer ---------------------------------------------------------------------------------
     model = ConfigurableGPT(settings.model, config.seed)
@@ -116,7 +122,8 @@ def train(arguments, closing):
         "kernels": chosen_kernels, "kernels_not_taken": chosen_kernels.not_taken, "max_iters": total_steps,
         "scoring": objective.scoring(),
         "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second,
-        "peak_source": peak.source,
+        "peak_source": peak.source, "checkpoint_schedule": counts,
+        "matching": matching.record(settings.model, config.match, config.match_to) if config.match else None,
     }  # fmt: skip
     command = " ".join(["python", "train.py", *map(shlex.quote, arguments)])
     log = logging.SilentLogger()
@@ -148,10 +155,10 @@ def train(arguments, closing):
                 "ledger": ledger.state(), "optimizers": checkpoint.optimizer_state(optimizers),
                 "scaler": scaler.state_dict(), "stream": stream.initial_hash, "random_states": random_states,
             }  # fmt: skip
-            metadata = logging.metadata_record(settings, folder.name, ledger, stream)
+            metadata = logging.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
             checkpoint.save_checkpoint(folder, model, state, metadata)
             saved_steps = {step for step, _ in checkpoint.list_checkpoints(folder)}
-            checkpoint.prune(folder, config.keep_checkpoints, {ledger.best(saved_steps).get("step")})
+            checkpoint.prune(folder, config.keep_checkpoints, {ledger.best(saved_steps).get("step"), *due})
 
     def evaluate():
         """Score the fixed validation windows and keep the result."""
@@ -159,7 +166,8 @@ def train(arguments, closing):
         scores = validation_scores(objective, validation, config.batch_size, place, is_final)
         seconds = time.perf_counter() - t0
         ledger.eval_seconds += seconds
-        row = {"kind": "eval", "step": ledger.step, "tokens_processed": ledger.tokens_processed, **scores,
+        row = {"kind": "eval", "step": ledger.step, "tokens_processed": ledger.tokens_processed,
+               "tokens_scheduled": due.get(ledger.step), **scores,
                "train_seconds": ledger.train_seconds, "flops": ledger.flops, "seconds": seconds}  # fmt: skip
         ledger.evaluations.append(row)
         log.evaluation(row, is_best=ledger.best() is row)
@@ -168,8 +176,10 @@ def train(arguments, closing):
         return evaluate()
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    to_evaluate = checkpoint.evaluation_steps(total_steps, config.eval_interval)
-    to_save = checkpoint.checkpoint_steps(total_steps, config.save_interval)
+    to_evaluate = {*due, total_steps}
+    if config.eval_schedule == "interval":
+        to_evaluate = checkpoint.evaluation_steps(total_steps, config.eval_interval)
+    to_save = {*due, *checkpoint.checkpoint_steps(total_steps, config.save_interval)}
     parameters = list(model.parameters())
     torch.manual_seed(config.seed + place.rank)  # for dropout: the same masks whatever was drawn until here
     if is_resumed:

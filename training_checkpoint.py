@@ -9,6 +9,7 @@ runs/<name>/checkpoint-5000/
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -20,9 +21,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from training_config import scheduled_counts
 from user_errors import UserError
 
 FORMAT = 1
+FIRST_OF_EPOCH = 1000  # a generated schedule begins at a thousandth of the first epoch, whatever a step holds
 
 
 # ---- when ------------------------------------------------------------------------------------------------------------
@@ -38,6 +41,50 @@ def evaluation_steps(total_steps, interval, halvings=3):
 def checkpoint_steps(total_steps, interval):
     """Steps to save after: multiples of the interval (0: none) and the end."""
     return {*(range(interval, total_steps + 1, interval) if interval else ()), total_steps}
+
+
+def token_schedule(config, tokens_per_epoch, total_tokens):
+    """The ascending token counts at which a run's checkpoints are due, its end among them; [] where none are set.
+
+    It depends on nothing that a batch size changes, so that runs with different batches line up.
+
+    Args:
+        config: TrainConfig. total_tokens: the length asked for; what lies beyond it falls away.
+    """
+    if not config.has_token_schedule:
+        return []
+    if config.checkpoint_tokens is not None:
+        counts = scheduled_counts(config.checkpoint_tokens)
+    else:
+        counts = generated_counts(
+            tokens_per_epoch, total_tokens, config.first_epoch_checkpoints, config.subsequent_epochs_spacing,
+            config.min_checkpoints_per_epoch,
+        )  # fmt: skip
+    return sorted({count for count in counts if count < total_tokens} | {total_tokens})
+
+
+def generated_counts(tokens_per_epoch, total_tokens, first_epoch, spacing, at_least):
+    """Token counts of whole epochs until `total_tokens` is covered: dense early, the end of each epoch included.
+
+    The first epoch, or the run where that is shorter, has `first_epoch` counts, log-spaced from a thousandth of it to
+    its end. A later one has as many as going on at that ratio takes, and not fewer than `at_least`, with `spacing`
+    'log' or 'linear'.
+    """
+    E, ratio = tokens_per_epoch, FIRST_OF_EPOCH ** (1 / max(1, first_epoch - 1))
+    counts = {max(1, round(min(E, total_tokens) / ratio**i)) for i in range(first_epoch)}
+    for epoch in range(1, math.ceil(total_tokens / E)):
+        grows = (epoch + 1) / epoch
+        n = max(at_least, math.ceil(math.log(grows) / math.log(ratio)))
+        if spacing == "log":
+            counts |= {round(E * epoch * grows ** (i / n)) for i in range(1, n + 1)}
+        else:
+            counts |= {round(E * (epoch + i / n)) for i in range(1, n + 1)}
+    return sorted(counts)
+
+
+def scheduled_steps(counts, tokens_per_step, total_steps):
+    """{step: token count}: each count at the first step at or beyond it; of several at one step the latest stays."""
+    return {min(total_steps, -(-count // tokens_per_step)): count for count in sorted(counts)}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,11 @@ import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+from model_config import PRESETS, SIZES
 from registry import options_from_json, options_of
 from user_errors import UserError, did_you_mean
+
+MATCHED_QUANTITIES = ("params", "active_params", "flops", "state")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,10 @@ class TrainConfig:
     seed: int = 1337  # decides the initial weights and the order of the data
     init_from: str = "scratch"  # scratch, resume (the run called run_name), hf:NAME or FOLDER, nanogpt:CKPT
     resume_step: int | None = None  # with init_from=resume: which checkpoint; None takes the latest
+
+    # -- a fair size (docs/matching.md)
+    match: str | None = None  # solve n_layer, n_embd, n_head for equal params, active_params, flops or state
+    match_to: str | int | float | None = None  # the target: 5.4M, or a preset at a size such as llama@5M
 
     # -- data
     dataset: str = "python_stdlib"  # a folder under data_dir; prepared on first use when it ships a prepare.py
@@ -74,13 +81,18 @@ class TrainConfig:
 
     # -- evaluation
     eval_interval: int = 250  # steps between evaluations; a few more come early, at halvings of this
+    eval_schedule: str = "interval"  # interval: eval_interval decides; checkpoints: at the scheduled token counts
     eval_iters: int = 4  # size of the validation set, in units of 16,384 tokens; 0 is the whole split
     eval_only: bool = False  # evaluate once and leave
     sample_tokens: int = 200  # length of the sample of text at the end; 0 for none
 
     # -- checkpoints
-    checkpoint_interval: int | None = None  # steps between checkpoints; None is eval_interval, 0 only at the end
-    keep_checkpoints: int = 2  # how many of the latest stay, beside the best and the last; 0 keeps all
+    checkpoint_interval: int | None = None  # steps between; None is eval_interval (0 with a schedule), 0 only the end
+    keep_checkpoints: int = 2  # how many of the latest stay, beside the best and the scheduled ones; 0 keeps all
+    checkpoint_tokens: str | tuple | None = None  # a schedule in tokens: '1M,5M,20M'; the end is always saved
+    first_epoch_checkpoints: int | None = None  # or one made: so many in the first epoch, log-spaced from 1/1000 of it
+    subsequent_epochs_spacing: str = "log"  # in each epoch after it: log, or linear
+    min_checkpoints_per_epoch: int = 5  # in each epoch after it; log-spacing at the first one's ratio may ask for more
 
     # -- logging
     log_interval: int = 10  # steps between lines
@@ -104,8 +116,15 @@ class TrainConfig:
 
     @property
     def save_interval(self):
-        """Steps between checkpoints; 0 saves at the end alone."""
-        return self.eval_interval if self.checkpoint_interval is None else self.checkpoint_interval
+        """Steps between checkpoints; 0 saves at the end alone, or where a schedule in tokens says."""
+        if self.checkpoint_interval is not None:
+            return self.checkpoint_interval
+        return 0 if self.has_token_schedule else self.eval_interval
+
+    @property
+    def has_token_schedule(self):
+        """Whether checkpoints are due at counts of tokens."""
+        return self.checkpoint_tokens is not None or self.first_epoch_checkpoints is not None
 
     @property
     def min_learning_rate(self):
@@ -119,6 +138,14 @@ class TrainConfig:
         if self.epochs is not None:
             return max(1, math.ceil(self.epochs * steps_per_epoch))
         return self.max_iters
+
+    def total_tokens(self, tokens_per_step, tokens_per_epoch):
+        """The run's length in tokens as asked for; `total_steps` is the first step at or beyond it."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        if self.epochs is not None:
+            return math.ceil(self.epochs * tokens_per_epoch)
+        return self.max_iters * tokens_per_step
 
     @property
     def length_setting(self):
@@ -139,7 +166,82 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values):
         """The config that `to_dict` wrote."""
-        return cls(**{**values, "part_options": options_from_json(values.get("part_options", {}))})
+        options = options_from_json(values.get("part_options", {}))
+        return cls(**{**options_from_json(values), "part_options": options})
+
+
+def read_count(name, value):
+    """A count as people write it: 5400000, '5.4M', '1_000k'; k, M, G (or B) and T are powers of a thousand.
+
+    Raises:
+        UserError: anything else, and what is not above 0, naming the setting.
+    """
+    text = str(value).strip().replace("_", "")
+    power = "kmgbt".find(text[-1:].lower()) if text[-1:] else -1
+    scale = (10**3, 10**6, 10**9, 10**9, 10**12)[power] if power >= 0 else 1
+    try:
+        number = float(text[: -1 if power >= 0 else None]) * scale
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{name}={value!r} is no count; write it as 5400000 or 5.4M")
+    return round(number) if number >= 1 else number
+
+
+def _check_match(config):
+    """Refuse half a match, and names that do not exist, before any data is read."""
+    match, match_to = config.match, config.match_to
+    if (match is None) != (match_to is None):
+        given, missing = ("match", "match_to") if match_to is None else ("match_to", "match")
+        example = "--match_to=5.4M or --match_to=llama@5M" if missing == "match_to" else "--match=params"
+        raise UserError(f"{given}={getattr(config, given)} needs {missing} beside it, such as {example}")
+    if match is None:
+        return
+    if match not in MATCHED_QUANTITIES:
+        hint = did_you_mean(match, MATCHED_QUANTITIES)
+        raise UserError(f"match={match!r} must be one of {', '.join(MATCHED_QUANTITIES)}{hint}")
+    preset, at, size = str(match_to).partition("@")
+    if not at and preset in PRESETS:
+        raise UserError(f"match_to={match_to!r} needs a size as well, such as {preset}@5M")
+    if not at:
+        read_count("match_to", match_to)
+    for name, known in ((preset, PRESETS), (size, SIZES)) if at else ():
+        if name not in known:
+            kind = "preset" if known is PRESETS else "size"
+            raise UserError(
+                f"match_to={match_to!r} names no {kind}: '{name}' does not exist{did_you_mean(name, known)} "
+                f"(known: {', '.join(known)})"
+            )
+
+
+def scheduled_counts(checkpoint_tokens):
+    """The ascending token counts that '1M,5M,20M' or a tuple of numbers names.
+
+    Raises:
+        UserError: something that is no count of whole tokens.
+    """
+    parts = checkpoint_tokens.split(",") if isinstance(checkpoint_tokens, str) else checkpoint_tokens
+    counts = [read_count("checkpoint_tokens", part) for part in parts]
+    if not counts or min(counts) < 1:
+        raise UserError(f"checkpoint_tokens={checkpoint_tokens!r} names no tokens; write it as 1M,5M,20M")
+    return sorted(set(counts))
+
+
+def _check_schedule(config):
+    explicit, generated = config.checkpoint_tokens, config.first_epoch_checkpoints
+    if explicit is not None and generated is not None:
+        raise UserError(
+            f"checkpoint_tokens={explicit!r} and first_epoch_checkpoints={generated} both set the schedule; keep one"
+        )
+    if explicit is not None:
+        scheduled_counts(explicit)
+    if generated is not None and generated < 1:
+        raise UserError(f"first_epoch_checkpoints={generated} must be at least 1, or None")
+    if config.eval_schedule == "checkpoints" and not config.has_token_schedule:
+        raise UserError(
+            "eval_schedule=checkpoints needs a schedule: set checkpoint_tokens, such as 1M,5M,20M, or "
+            "first_epoch_checkpoints"
+        )
 
 
 def validate(config):
@@ -148,6 +250,7 @@ def validate(config):
         "batch_size": 1, "gradient_accumulation_steps": 1, "eval_interval": 1, "log_interval": 1,
         "eval_iters": 0, "keep_checkpoints": 0, "prefetch_batches": 0, "warmup_iters": 0, "sample_tokens": 0,
         "layer_stats_interval": 0, "max_non_finite_steps": 1, "threads": 0, "loss_chunk_elements": 1, "seed": 0,
+        "min_checkpoints_per_epoch": 1,
         "weight_decay": 0, "grad_clip": 0, "z_loss": 0,
     }  # fmt: skip
     for name, least in at_least.items():
@@ -191,11 +294,15 @@ def validate(config):
     choices = {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "compile": (True, False, "auto"),
+        "eval_schedule": ("interval", "checkpoints"),
+        "subsequent_epochs_spacing": ("log", "linear"),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             value, words = getattr(config, name), [str(choice) for choice in allowed]
             raise UserError(f"{name}={value!r} must be one of {', '.join(words)}{did_you_mean(value, words)}")
+    _check_match(config)
+    _check_schedule(config)
     if config.run_name is not None and (not config.run_name.strip(" .") or set(config.run_name) & set('/\\:*?"<>|')):
         raise UserError(f'run_name={config.run_name!r} must be a plain folder name without / \\ : * ? " < > |')
     if config.init_from == "resume" and config.run_name is None:

@@ -182,6 +182,11 @@ class BatchStream:
         return self.sequences_per_step * self.block_size
 
     @property
+    def tokens_per_epoch(self):
+        """Tokens in one pass, the same for every batch size."""
+        return self.windows_per_epoch * self.block_size
+
+    @property
     def steps_per_epoch(self):
         """Steps in one pass, as a fraction: an epoch may end within a step."""
         return self.windows_per_epoch / self.sequences_per_step

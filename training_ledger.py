@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 # Every evaluation's row has these; what else is in it are scores of the objective's own, such as masked_accuracy.
 EVALUATION_FIELDS = (
-    "kind", "step", "tokens_processed", "val_loss", "perplexity", "bits_per_byte", "train_seconds", "flops", "seconds",
+    "kind", "step", "tokens_processed", "tokens_scheduled", "val_loss", "perplexity", "bits_per_byte", "train_seconds",
+    "flops", "seconds",
 )  # fmt: skip
 
 

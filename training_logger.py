@@ -461,8 +461,13 @@ def earlier_sessions(folder):
     return {"earlier_sessions": sessions, "initial_weights": before.get("initial_weights")}
 
 
-def metadata_record(settings, run_name, ledger, stream):
-    """metadata.json of a checkpoint at the ledger's step."""
+def metadata_record(settings, run_name, ledger, stream, scheduled_tokens=None):
+    """metadata.json of a checkpoint at the ledger's step.
+
+    Args:
+        scheduled_tokens: the count that this checkpoint was due at, which its step is the first to reach; None where
+            no schedule asked for it.
+    """
     return {
         "experiment_name": run_name,
         "global_step": ledger.step,
@@ -473,7 +478,7 @@ def metadata_record(settings, run_name, ledger, stream):
             "tokens_per_step": ledger.tokens_per_step,
             "effective_batch_size": stream.sequences_per_step,
             "sequence_length": stream.block_size,
-            "estimated_tokens_at_step": ledger.step * ledger.tokens_per_step,
+            "estimated_tokens_at_step": scheduled_tokens or ledger.step * ledger.tokens_per_step,
         },
         "training_config": settings.train.to_dict(),
         "model_config": settings.model.to_dict(),

@@ -1,5 +1,6 @@
 """What a run says on one screen before it starts: the architecture as a tree, its cost, the data, the place, memory."""
 
+import model_matching as matching
 from model_flops import CONVENTION, active_parameters, linear_flops, state_bytes, training_memory_bytes
 from training_parallel import DTYPES
 
@@ -142,6 +143,11 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
                    + ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())),
     ]  # fmt: skip
     rows += [("kernels", line) for line in kernels_not_taken(resolved)]
+    if resolved["matching"]:
+        rows.insert(1, ("matching", matching.sentence(resolved["matching"])))
+    if schedule := resolved["checkpoint_schedule"]:
+        ends = f"{human_count(schedule[0])} to {human_count(schedule[-1])}"
+        rows.append(("checkpoints", f"at {len(schedule)} token counts, {ends}"))
     rows += [("note", f"{name}={value!r} is read by no chosen part") for name, value in unused.items()]
     if config.warmup_iters >= steps:
         rows.append(("note", f"warmup_iters={config.warmup_iters} outlasts the run: learning_rate is never reached"))

@@ -28,12 +28,14 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "whole models": ["model_*"],
     "place": ["training_parallel"],
     "training": ["training_*"],
-    "saving and judging": ["training_checkpoint", "training_logger", "training_report", "eval_*", "model_interop"],
+    "saving and judging": [
+        "training_checkpoint", "training_schedules", "training_logger", "training_report", "eval_*", "model_interop",
+    ],
     "comparison": ["comparison_*"],
     "sweeps": ["sweep_*"],
     "benchmarks": ["bench_*"],
     "scripts": SCRIPTS,
-}
+}  # fmt: skip
 ORDER = [*LAYERS]
 
 

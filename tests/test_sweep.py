@@ -103,9 +103,10 @@ def test_every_sweep_that_ships_can_be_planned(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     sweep_ = planning.read_sweep([str(path)])
     assert len(sweep_.seeds) >= 3, "fewer seeds show nothing"
-    names = set()
+    names, dataset = set(), OneEpoch()
+    dataset.train = np.zeros(10_000, dtype=np.uint8)
     for cell in planning.cells(sweep_):
-        run = planning.plan_run(sweep_, OneEpoch(), *cell, 1)
+        run = planning.plan_run(sweep_, dataset, *cell, 1)
         cost = planning.cost_of(run.settings)
         assert cost.parameters >= cost.active_parameters > 0 and cost.flops_per_token > 0
         names.add(run.name)

@@ -1,5 +1,6 @@
 """Checkpoints: due when they should be, whole or absent, and read back with every byte checked."""
 
+import itertools
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import training_checkpoint as checkpoint
 from model_builder import ConfigurableGPT, parameter_plan
-from training_checkpoint import checkpoint_steps, evaluation_steps
+from training_checkpoint import checkpoint_steps, evaluation_steps, generated_counts, scheduled_steps, token_schedule
 from training_config import TrainConfig
 from training_helpers import assert_same, files_in
 from training_optim import OPTIMIZER_REGISTRY
@@ -40,6 +41,83 @@ def test_evaluations_of_a_longer_run_are_those_of_a_shorter_one_and_more():
 ])  # fmt: skip
 def test_checkpoints_come_regularly_and_at_the_end(total, interval, steps):
     assert checkpoint_steps(total, interval) == steps
+
+
+# -- schedules in tokens
+
+
+def schedule(total=1000, epoch=10_000, **changes):
+    return token_schedule(TrainConfig(**changes), epoch, total)
+
+
+@pytest.mark.parametrize("given, counts", [
+    ("100,200,600", [100, 200, 600, 1000]),
+    ("0.2k, 1_00", [100, 200, 1000]),
+    ((600, 100, 600), [100, 600, 1000]),
+    ("100,1000", [100, 1000]),
+    ("100,1M", [100, 1000]),  # what lies beyond the end falls away
+], ids=str)  # fmt: skip
+def test_an_explicit_schedule_has_its_counts_and_the_end(given, counts):
+    assert schedule(checkpoint_tokens=given) == counts
+
+
+def test_without_a_schedule_there_is_none():
+    assert schedule() == []
+
+
+def test_the_first_epoch_is_log_spaced_with_both_ends():
+    counts = generated_counts(10**6, 10**6, 20, "log", 5)
+    assert len(counts) == 20 and (counts[0], counts[-1]) == (1000, 10**6)
+    ratios = [late / early for early, late in itertools.pairwise(counts)]
+    assert ratios == pytest.approx([1000 ** (1 / 19)] * 19, rel=1e-3)
+    assert generated_counts(10**6, 10**6, 1, "log", 5) == [10**6]
+
+
+def test_a_run_shorter_than_an_epoch_has_as_many():
+    counts = schedule(total=10**5, epoch=10**9, first_epoch_checkpoints=20)
+    assert len(counts) == 20 and (counts[0], counts[-1]) == (100, 10**5)
+
+
+@pytest.mark.parametrize("spacing", ["log", "linear"])
+def test_later_epochs_have_enough_and_end_with_a_count(spacing):
+    E = 10**6
+    counts = generated_counts(E, 4 * E, 20, spacing, 3)
+    by_epoch = [[count for count in counts if epoch * E < count <= (epoch + 1) * E] for epoch in range(4)]
+    # ln(2) / ln(1000^(1/19)) = 1.9, so 3 as the least that was asked for
+    assert [len(part) for part in by_epoch] == [20, 3, 3, 3]
+    assert [part[-1] for part in by_epoch] == [E, 2 * E, 3 * E, 4 * E]
+    first = 2 ** (1 / 3) if spacing == "log" else 4 / 3
+    assert by_epoch[1][0] == round(E * first)
+
+
+def test_a_dense_first_epoch_goes_on_at_its_ratio():
+    E = 10**6
+    second = [count for count in generated_counts(E, 2 * E, 100, "log", 5) if count > E]
+    assert len(second) == 10  # ln(2) / ln(1000^(1/99)) = 9.93
+    assert [late / early for early, late in itertools.pairwise(second)] == pytest.approx([2**0.1] * 9, 1e-4)
+
+
+def test_the_end_of_a_run_within_an_epoch_is_there():
+    counts = schedule(total=25_000, epoch=10_000, first_epoch_checkpoints=4, min_checkpoints_per_epoch=2)
+    assert counts[-1] == 25_000 and {10_000, 20_000} <= {*counts} and max(counts[:-1]) < 25_000
+
+
+def test_a_count_belongs_to_the_first_step_at_or_beyond_it():
+    assert scheduled_steps([100, 128, 129, 700], 64, 11) == {2: 128, 3: 129, 11: 700}
+    assert scheduled_steps([1, 2, 3], 64, 1) == {1: 3}  # the latest stays
+    for per_step in (1, 7, 64, 1000):
+        for step, count in scheduled_steps([5, 100, 333, 5000], per_step, 5000).items():
+            assert (step - 1) * per_step < count <= step * per_step
+
+
+def test_runs_of_unequal_batch_have_one_schedule():
+    changes = {"first_epoch_checkpoints": 8, "max_tokens": 30_000}
+    small, large = (TrainConfig(batch_size=size, **changes) for size in (2, 32))
+    counts = []
+    for config in (small, large):
+        total_tokens = config.total_tokens(config.batch_size * 16, 10_000)
+        counts.append(token_schedule(config, 10_000, total_tokens))
+    assert counts[0] == counts[1] and counts[0][-1] == 30_000
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

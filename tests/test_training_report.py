@@ -78,7 +78,7 @@ def test_the_lines_of_the_tree_add_up(tiny, changes, head_fraction):
     assert cost == pytest.approx(flops.forward, rel=0.01) and number(forward) == pytest.approx(flops.forward, rel=0.01)
 
 
-def report(tiny, unused=None, tokenizer="byte", model=None, resolved=None, **train):
+def report(tiny, unused=None, tokenizer="byte", model=None, resolved=None, matched=None, counts=(), **train):
     settings = Settings(
         tiny(**(model or {})), TrainConfig(**{"max_iters": 10, "warmup_iters": 2, "batch_size": 4, **train}), [], {}
     )
@@ -92,6 +92,8 @@ def report(tiny, unused=None, tokenizer="byte", model=None, resolved=None, **tra
         "compile": "off",
         "device_name": "Abacus",
         "kernels": {"attention": "sdpa"},
+        "matching": matched,
+        "checkpoint_schedule": counts,
         **(resolved or {}),
     }
     place = Place(torch.device("cpu"), "float32", tf32=False)
@@ -117,6 +119,16 @@ def test_it_says_why_a_kernel_is_not_used(tiny):
     assert "compile off, mamba plain, linear onednn" in text
     line = "kernels      mamba plain: mamba_ssm is not installed (pip install mamba-ssm); triton needs CUDA"
     assert line in text.splitlines()
+
+
+def test_it_says_what_was_solved_and_when_it_saves(tiny):
+    miss = {"match": "params", "match_to": "9k", "target": 9000, "value": 8955,
+            "miss_percent": -0.5, "is_matched": True}  # fmt: skip
+    text = report(tiny, matched=miss, counts=[1000, 20_000, 3_000_000])
+    assert "matching     params 8,955 for 9,000 (-0.50%): matched" in text
+    assert "checkpoints  at 3 token counts, 1k to 3M" in text
+    assert "matched" not in report(tiny, matched={**miss, "is_matched": False})
+    assert not {"matching", "checkpoints"} & {line.split(" ")[0] for line in report(tiny).splitlines()}
 
 
 def test_it_mentions_what_has_no_effect(tiny):
