@@ -210,6 +210,8 @@ class Attention(Mixer):
             query_width, key_width = (self.head_dim,) * 2 if self.norms_heads else self.split_sizes[:2]
             norm = NORM_REGISTRY[config.normalization]
             self.query_norm, self.key_norm = norm(query_width, config), norm(key_width, config)
+            if self.norms_heads:
+                self.query_norm.times, self.key_norm.times = self.n_head, self.n_kv_head
         encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
         self.position_encoding = encoding(config, self.head_dim) if encoding.acts_in_attention else None
         self.position_name = config.position_encoding
@@ -307,7 +309,8 @@ class Attention(Mixer):
 
     def mixing_flops(self, T):
         """q k^T and weights v: 2 x 2 H D per visible key. The causal half is not taken off (PaLM, appendix B)."""
-        keys = min(T, self.window) if self.window else T
+        seen = self.window if self.causal else 2 * self.window - 1  # on both sides, itself once
+        keys = min(T, seen) if self.window else T
         return 4 * self.n_head * self.head_dim * keys
 
     def state_bytes(self, T, dtype=torch.float32):
@@ -329,7 +332,13 @@ class LocalAttention(Attention):
 
     def __init__(self, config, layer_index):
         super().__init__(config, layer_index)
-        self.window = config.options_for(type(self)).hybrid_local_window
+        o = config.options_for(type(self))
+        self.window = o.hybrid_local_window
+        if o.sliding_window and "attention" not in config.mixers():
+            raise UserError(
+                f"sliding_window={o.sliding_window} is of 'attention', and block_pattern='{config.block_pattern}' has "
+                f"'local_attention': set hybrid_local_window, which is {self.window}"
+            )
         if self.window < 1:
             raise UserError(f"hybrid_local_window={self.window} must be at least 1")
 

@@ -139,6 +139,8 @@ class LinearMixer(Mixer):
         self.qkv = nn.Linear(config.n_embd, sum(self.split_sizes), bias=config.bias)
         self.conv = ShortConv(sum(self.split_sizes), o.d_conv) if o.d_conv else None
         self.norm = NORM_REGISTRY[o.output_norm](self.value_dim, config) if o.output_norm != "none" else None
+        if self.norm is not None:
+            self.norm.times = self.n_head
         self.gate = nn.Linear(config.n_embd, self.split_sizes[2], bias=config.bias) if o.output_gate else None
         self.out = nn.Linear(self.split_sizes[2], config.n_embd, bias=config.bias)
 

@@ -49,7 +49,7 @@ class StateSpaceMixer(Mixer):
         super().__init__()
         self.options = o = config.options_for(type(self))
         _check(o, self.forms)
-        self.d_inner, self.d_state = round(o.expand * config.n_embd), o.d_state
+        self.d_inner, self.d_state = max(1, round(o.expand * config.n_embd)), o.d_state
         self.form = o.recurrence
 
     def scan(self, x, dt, A, B, C, state, cuts):

@@ -178,6 +178,9 @@ class RWKV7(Mixer):
         check_options(config, o, self.forms)
         if o.chunk_size > LONGEST_CHUNK:
             raise UserError(f"chunk_size={o.chunk_size} would overflow float32 in 'rwkv7'; use {LONGEST_CHUNK} or less")
+        for name in ("decay_rank", "rate_rank", "output_gate_rank"):
+            if getattr(o, name) is not None and getattr(o, name) < 1:
+                raise UserError(f"{name}={getattr(o, name)} must be at least 1, or None")
         C = config.n_embd
         self.form, self.chunk_size = o.recurrence, o.chunk_size
         self.n_head, self.head_dim = config.n_head, C // config.n_head

@@ -148,7 +148,7 @@ def build_mixer(names, config, layer_index):
 
 
 class ResidualScale(nn.Module):
-    """What a branch is multiplied by before it joins the stream: 1, 1 / sqrt(2 n_layer), or a learned gain per channel.
+    """What a branch is multiplied by before it joins the stream: 1, 1 / sqrt(branches), or a learned gain per channel.
 
     'depth' keeps the variance of the stream from growing with depth; 'learned' starts there (LayerScale, Touvron et
     al. 2021).
@@ -159,7 +159,7 @@ class ResidualScale(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.kind, self.value = config.residual_scaling, (2 * config.n_layer) ** -0.5
+        self.kind, self.value = config.residual_scaling, config.n_branches() ** -0.5
         self.gain = nn.Parameter(torch.empty(config.n_embd)) if self.kind == "learned" else None
 
     def init_own_parameters(self, generator):
@@ -209,6 +209,7 @@ class ConfigurableGPT(nn.Module):
         self.final_norm = norm(config.n_embd, config) if self._needs_final_norm else None
         self.head_transform = HeadTransform(config) if config.head_transform else None
         self.head = nn.Linear(config.n_embd, vocab_size, bias=config.head_transform)
+        self._mixing_ffns = any(getattr(block.ffn, "mixes_tokens", False) for block in self.blocks)
         self._finding = [(name, part) for name, part in self.named_modules() if isinstance(part, WithFindings)]
         initialise(self, seed)
 
@@ -227,6 +228,11 @@ class ConfigurableGPT(nn.Module):
             raise UserError(
                 f"{idx.size(1)} tokens do not fit position_encoding='{self.config.position_encoding}' of "
                 f"block_size={self.config.block_size}; shorten the text, or train with a larger block_size"
+            )
+        if document_ids is not None and self._mixing_ffns:
+            raise UserError(
+                "capacity_factor above 0 lets the documents of a sequence compete for the places of experts; "
+                "use capacity_factor=0 with packed documents"
             )
         x = self._embed(idx, positions)
         for block in self.blocks:
@@ -414,6 +420,30 @@ def chosen_parts(config):
     return [POSITION_ENCODING_REGISTRY[config.position_encoding], *parts]
 
 
+def notes(config):
+    """Sentences on what a config says and a model of it does not do, for the startup report."""
+    found = [f"{name}={value!r} is read by no chosen part" for name, value in unused_options(config).items()]
+    left_out = [entry for entry in dict.fromkeys(config.pattern()) if entry not in config.blocks()]
+    if left_out:
+        names = ", ".join(mixer if ffn == config.ffn_type else f"{mixer}/{ffn}" for mixer, ffn in left_out)
+        found.append(f"n_layer={config.n_layer} is shorter than block_pattern, and leaves out {names}")
+    options = config.part_options
+    for window, mixer in (("sliding_window", "attention"), ("hybrid_local_window", "local_attention")):
+        if mixer in config.mixers():
+            width = getattr(config.options_for(MIXER_REGISTRY[mixer]), window)
+            if width >= config.block_size:
+                found.append(
+                    f"{window}={width} is no shorter than block_size={config.block_size}: nothing is out of sight"
+                )
+    for name, switch, idle in (("rope_scaling_factor", "rope_scaling", "none"), ("qk_norm_scope", "qk_norm", False)):
+        if name in options and options.get(switch, idle) == idle:
+            found.append(f"{name}={options[name]!r} does nothing at {switch}={idle!r}")
+    for name, stronger in (("queries_per_kv_head", "n_kv_head"), ("ffn_hidden", "expert_hidden")):
+        if options.get(name) is not None and options.get(stronger) is not None:
+            found.append(f"{stronger}={options[stronger]} takes the place of {name}={options[name]}")
+    return found
+
+
 def unused_options(config):
     """{option: value} that the user set and no chosen part reads, for the startup report to mention."""
     read = {name for part in chosen_parts(config) for name in options_of(part)}
@@ -517,7 +547,7 @@ def initialise(model, seed):
                 continue
             std = model.config.init_std
             if spec.init == "residual":
-                std /= math.sqrt(2 * model.config.n_layer)
+                std /= math.sqrt(model.config.n_branches())
             if spec.init in ("zeros", "ones"):
                 parameter.fill_(float(spec.init == "ones"))
             else:

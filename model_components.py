@@ -9,7 +9,7 @@ the meta device):
     no_weight_decay = ('A_log',)    never decayed, whatever their shape
     own_init = ('A_log',)           set by the part's own `init_own_parameters(generator)`
     linear_weights = ('up',)        what a linear layer's weight is, perhaps several stacked: initialised and counted so
-    residual_out = ('down.weight',) write to the residual stream: initialised smaller, with std / sqrt(2 n_layer)
+    residual_out = ('down.weight',) write to the residual stream: initialised smaller, std / sqrt(branches of the model)
 
 Weights of nn.Linear and nn.Embedding and the gains of norms need no declaration.
 """
@@ -35,6 +35,7 @@ class Norm(nn.Module):
     """A normalisation over the last dimension with a gain, and a bias where `has_bias`."""
 
     has_bias = False
+    times = 1  # how often a token passes through it, for the FLOPs
 
     def __init__(self, width, config):
         super().__init__()
@@ -306,6 +307,7 @@ class FFN(nn.Module):
     residual_out = ("down.weight",)
     # True where a token's neighbours decide how many rows are multiplied together, which may round its own differently
     shapes_depend_on_data = False
+    mixes_tokens = False  # True where the other tokens of a sequence change what one gets
 
     class Options:
         ffn_multiplier: float = 4.0  # hidden width over n_embd

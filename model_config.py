@@ -140,14 +140,14 @@ class ModelArchitectureConfig:
     # -- blocks
     block_pattern: str = "attention"  # mixers tiled over the depth: 'a,b/none', FFN after the slash; 'a+b' adds two
     parallel_blocks: bool = False  # mixer and FFN read the same norm and are added together (PaLM)
-    residual_scaling: str = "none"  # none, depth: branches / sqrt(2 n_layer), learned: a gain per channel (LayerScale)
+    residual_scaling: str = "none"  # none, depth: branches / sqrt(how many), learned: a gain per channel (LayerScale)
     causal: bool = True  # a token sees only the tokens before it
     embedding_norm: bool = False  # a norm after the embeddings (BERT, BLOOM)
     head_transform: bool = False  # BERT's head: dense, activation and norm before it, and a bias on its output
 
     # -- numbers
     norm_eps: float = 1e-5  # added to the variance
-    init_std: float = 0.02  # of weights; what writes to the residual stream gets / sqrt(2 n_layer) (GPT-2)
+    init_std: float = 0.02  # of weights; what writes to the residual stream gets / sqrt(branches) (GPT-2)
     logit_soft_cap: float = 0.0  # cap * tanh(logits / cap), as in Gemma 2; 0 is off
 
     # what parts declare for themselves
@@ -184,6 +184,10 @@ class ModelArchitectureConfig:
         """[(mixer name, FFN name or 'none')] for each layer: block_pattern tiled over n_layer."""
         pattern = self.pattern()
         return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
+
+    def n_branches(self):
+        """How often something is added to the residual stream: two for a block with an FFN, one without."""
+        return sum(1 if ffn == "none" else 2 for _, ffn in self.blocks())
 
     def mixers(self):
         """The names of all mixers in the model, each once, those that stand side by side singly."""

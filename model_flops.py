@@ -103,7 +103,8 @@ def flops_per_token(model, context=None, head_fraction=1.0):
     for path, module in model.named_modules():
         if isinstance(module, (Norm, ResidualScale)):
             fraction = head_fraction if path.split(".")[0] in AFTER_THE_BLOCKS else 1.0
-            vectors += 2 * sum(parameter.numel() for parameter in module.parameters()) * fraction
+            times = module.times if isinstance(module, Norm) else 1  # a norm of heads is applied to each
+            vectors += 2 * times * sum(parameter.numel() for parameter in module.parameters()) * fraction
     mixing = {}
     for (name, _), block in zip(model.config.blocks(), model.blocks, strict=True):
         mixing[name] = mixing.get(name, 0.0) + block.mixer.mixing_flops(context)

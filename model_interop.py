@@ -425,7 +425,8 @@ def download(name):
 
 
 def _first_line(error):
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:160] or type(error).__name__
 
 
 NANOGPT_PREFIX = "_orig_mod."  # of a model that was compiled when it was saved
@@ -443,10 +444,14 @@ def open_nanogpt(name):
         raise UserError(f"init_from=nanogpt:{name} does not exist; give the ckpt.pt that nanoGPT wrote") from None
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a checkpoint of nanoGPT ({type(error).__name__})") from None
+    if not all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in tensors.items()):
+        raise UserError(f"{path} cannot be read as a checkpoint of nanoGPT (its weights are no tensors by name)")
     tensors = {key.removeprefix(NANOGPT_PREFIX): tensor for key, tensor in tensors.items()}
     for key in [key for key in tensors if key.endswith(NANOGPT_BUFFER) and tensors[key].dim() == 4]:
         del tensors[key]
-    tensors.pop("lm_head.weight", None)  # tied
+    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("transformer.wte.weight")
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise UserError(f"{path} has a head of its own, and nanoGPT ties it to the embedding: it was written by a fork")
     missing = NANOGPT.read_keys() - values.keys()
     if missing:
         raise UserError(f"{path} is no checkpoint of nanoGPT: its model_args lack {sorted(missing)[0]}")

@@ -99,6 +99,7 @@ class MoE(FFN, WithFindings):
         super().__init__(config, layer_index)
         self.options = o = config.options_for(type(self))
         check_options(o)
+        self.mixes_tokens = o.capacity_factor > 0  # tokens of a sequence then compete for places
         self.hidden = o.expert_hidden or self.hidden
         kind = FFN_REGISTRY[o.expert_type]
         is_gated = issubclass(kind, GatedFFN)

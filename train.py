@@ -32,7 +32,7 @@ import model_matching as matching  # noqa: E402
 import training_checkpoint as checkpoint  # noqa: E402
 import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
-from model_builder import ConfigurableGPT, parameter_plan, unused_options  # noqa: E402
+from model_builder import ConfigurableGPT, notes, parameter_plan  # noqa: E402
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
 from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
 from training_ledger import Ledger  # noqa: E402
@@ -144,7 +144,7 @@ def train(arguments, closing):
             ledger.status = "interrupted" if kind is KeyboardInterrupt else "failed"
         log.finish(ledger.summary() | logging.size_and_speed(model, ledger, peak, place), flops, config.plot)
 
-    log.say(startup_report(model, flops, peak, place, settings, dataset, resolved, unused_options(settings.model)))
+    log.say(startup_report(model, flops, peak, place, settings, dataset, resolved, notes(settings.model)))
     log.say(f"{'folder':<12} {folder}, ready after {time.perf_counter() - T_START:.1f} s\n")
 
     def save():

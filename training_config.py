@@ -195,6 +195,8 @@ def _check_match(config):
         given, missing = ("match", "match_to") if match_to is None else ("match_to", "match")
         example = "--match_to=5.4M or --match_to=llama@5M" if missing == "match_to" else "--match=params"
         raise UserError(f"{given}={getattr(config, given)} needs {missing} beside it, such as {example}")
+    if match is not None and ":" in config.init_from:
+        raise UserError(f"match={match!r} solves a shape, and init_from={config.init_from!r} brings one; drop either")
     if match is None:
         return
     if match not in MATCHED_QUANTITIES:

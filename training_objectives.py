@@ -150,7 +150,14 @@ class MaskedLM(Objective):
 
     @classmethod
     def extra_tokens(cls, config):
-        return 1 if config.options_for(cls).mask_token is None else 0
+        if config.options_for(cls).mask_token is not None:
+            return 0
+        if ":" in config.init_from:  # a new id would be a token of the source's, or beyond its vocabulary
+            raise UserError(
+                f"objective='masked_lm' with init_from={config.init_from!r} needs mask_token=ID, the id that the "
+                "source hides tokens behind (103 in bert-base-uncased)"
+            )
+        return 1
 
     def scoring(self):
         return {"ranked_by": "pseudo_perplexity", "tokens": self.options.pseudo_perplexity_tokens}
@@ -245,10 +252,13 @@ def hidden_places(key, windows, T, n):
 
 
 def hidden_batch(batch, places, shown):
-    """The batch with `shown` (B, K) at `places`, whose tokens are the targets, but where nothing was supervised."""
-    tokens = batch["inputs"]
-    is_supervised = batch["targets"].gather(1, places) != IGNORE_INDEX
-    targets = tokens.gather(1, places).masked_fill(~is_supervised, IGNORE_INDEX)
+    """The batch with `shown` (B, K) at `places`, whose tokens are the targets, padding apart.
+
+    A token is no padding where the place before it was to predict it, the first one where it was to predict the next.
+    """
+    tokens, followed = batch["inputs"], batch["targets"] != IGNORE_INDEX
+    is_text = torch.cat((followed[:, :1], followed[:, :-1]), dim=1)
+    targets = tokens.gather(1, places).masked_fill(~is_text.gather(1, places), IGNORE_INDEX)
     return {**batch, "inputs": tokens.scatter(1, places, shown), "targets": targets, "places": places}
 
 

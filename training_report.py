@@ -109,13 +109,13 @@ def kernels_not_taken(resolved):
     return lines
 
 
-def startup_report(model, flops, peak, place, settings, dataset, resolved, unused):
+def startup_report(model, flops, peak, place, settings, dataset, resolved, notes=()):
     """The report as one string.
 
     Args:
         flops: FlopsPerToken. peak: HardwarePeak. dataset: Dataset.
         resolved: what the settings came to here, as config.json keeps it.
-        unused: {option: value} that no chosen part reads.
+        notes: sentences on the model's settings, from `model_builder.notes`.
     """
     config, block_size = settings.train, settings.model.block_size
     steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
@@ -148,7 +148,10 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
     if schedule := resolved["checkpoint_schedule"]:
         ends = f"{human_count(schedule[0])} to {human_count(schedule[-1])}"
         rows.append(("checkpoints", f"at {len(schedule)} token counts, {ends}"))
-    rows += [("note", f"{name}={value!r} is read by no chosen part") for name, value in unused.items()]
+    rows += [("note", note) for note in notes]
+    if ":" in config.init_from and dataset.vocab_size != settings.model.vocab_size:
+        sizes = f"{settings.model.vocab_size:,} tokens and this dataset has {dataset.vocab_size:,}"
+        rows.append(("note", f"the source of the weights knows {sizes}: its embeddings mean other tokens here"))
     if config.warmup_iters >= steps:
         rows.append(("note", f"warmup_iters={config.warmup_iters} outlasts the run: learning_rate is never reached"))
     return "\n".join([*architecture_tree(model, flops), "", *(f"{name:<12} {text}" for name, text in rows)])

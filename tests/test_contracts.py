@@ -294,12 +294,20 @@ def test_declared_flops_equal_torchs_counter(build, variant, t):
 
 
 @every_variant
-def test_biases_and_norms_cost_two_per_weight(build, variant):
-    model = build(variant)
+def test_biases_and_norms_cost_two_per_number_that_they_are_applied_to(build, variant):
+    """Counted where they are applied: the norms by the size of what goes through them, a token of it."""
+    model, seen = build(variant), {}
+    for name, module in model.named_modules():
+        if isinstance(module, Norm):
+            module.register_forward_hook(lambda norm, inputs, y, name=name: seen.update({name: y.numel() // T}))
+    model(tokens(1))
     vectors = 0
     for name, parameter in model.named_parameters():
-        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if isinstance(owner, (Norm, ResidualScale)) or (isinstance(owner, nn.Linear) and leaf == "bias"):
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if isinstance(owner, Norm):
+            vectors += seen[path]
+        elif isinstance(owner, ResidualScale) or (isinstance(owner, nn.Linear) and leaf == "bias"):
             vectors += parameter.numel()
     assert flops_per_token(model, T).vectors == 2 * vectors
 
@@ -350,7 +358,8 @@ def test_initial_values_are_those_of_the_plan(build, variant):
         if spec.init in ("zeros", "ones"):
             assert (values == (spec.init == "ones")).all(), spec
         elif spec.init in ("normal", "residual"):
-            std = 0.05 if spec.init == "normal" else 0.05 / math.sqrt(2 * 3)
+            branches = sum(1 + (block.ffn is not None) for block in model.blocks)
+            std = 0.05 if spec.init == "normal" else 0.05 / math.sqrt(branches)
             rel = max(0.08, 4 / (2 * values.numel()) ** 0.5)  # four standard errors of a small matrix
             assert values.std().item() == pytest.approx(std, rel=rel), spec
             assert abs(values.mean()) < 4 * std / values.numel() ** 0.5, spec
@@ -390,7 +399,8 @@ def test_the_same_parameter_starts_the_same_in_every_architecture(build):
     for variant in VARIANTS:
         model = build(variant, fresh=True)
         for spec in parameter_plan(model):
-            key = (spec.name, spec.shape, spec.init)
+            branches = model.config.n_branches() if spec.init == "residual" else None
+            key = (spec.name, spec.shape, spec.init, branches)
             values = model.get_parameter(spec.name)
             shared += key in first
             assert torch.equal(first.setdefault(key, values), values), f"{spec.name} of {variant}"

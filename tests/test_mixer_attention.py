@@ -336,6 +336,14 @@ def test_queries_per_kv_head_takes_the_most_heads_that_divide(tiny, n_head, shar
     assert Attention(config.replace(n_kv_head=n_head), 0).n_kv_head == n_head  # the count itself goes first
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
+def test_a_window_counts_the_keys_that_a_token_in_the_middle_sees(tiny, causal):
+    layer, order = Attention(tiny(sliding_window=3, causal=causal), 0), torch.arange(T)
+    n_keys = visible(order, order, causal, 3)[T // 2].sum().item()
+    assert n_keys == (3 if causal else 5)
+    assert layer.mixing_flops(T) == 4 * layer.n_head * layer.head_dim * n_keys
+
+
 def test_local_attention_is_attention_with_a_window(tiny):
     local = LocalAttention(tiny(hybrid_local_window=3), 0)
     windowed = Attention(tiny(sliding_window=3), 0)
@@ -348,6 +356,7 @@ def test_local_attention_is_attention_with_a_window(tiny):
     ({"queries_per_kv_head": 0}, "queries_per_kv_head=0 must be at least 1"),
     ({"qk_norm_scope": "heads"}, "qk_norm_scope='heads' must be head or projection"),
     ({"hybrid_local_window": 0}, "hybrid_local_window=0 must be at least 1"),
+    ({"sliding_window": 4, "block_pattern": "local_attention"}, "sliding_window=4 is of .*hybrid_local_window"),
 ])  # fmt: skip
 def test_options_out_of_range_are_refused(tiny, changes, words):
     with pytest.raises(UserError, match=words):

@@ -12,6 +12,7 @@ from model_builder import (
     Block,
     ConfigurableGPT,
     check_parts,
+    notes,
     on_meta,
     parameter_plan,
     sample_token,
@@ -419,6 +420,21 @@ def test_a_position_encoding_of_ones_own_works_by_assignment(tiny):
             torch.testing.assert_close(model.step(idx, model.init_state(2))[0], logits[name], **EXACT)
     for one, other in (("steep", "alibi"), ("slow", "rope"), ("doubled", "learned_absolute"), ("slow", "none")):
         assert not torch.allclose(logits[one], logits[other])
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"position_encoding": "none", "rope_theta": 5e5}, "rope_theta=500000.0 is read by no chosen part"),
+    ({"block_pattern": "gla,attention,gla/swiglu"}, "n_layer=2 is shorter than block_pattern, and leaves out gla/sw"),
+    ({"sliding_window": 16}, "sliding_window=16 is no shorter than block_size=16"),
+    ({"block_pattern": "local_attention"}, "hybrid_local_window=256 is no shorter than block_size=16"),
+    ({"position_encoding": "rope", "rope_scaling_factor": 4.0}, "rope_scaling_factor=4.0 does nothing at rope_s"),
+    ({"qk_norm_scope": "projection"}, "qk_norm_scope='projection' does nothing at qk_norm=False"),
+    ({"n_kv_head": 2, "queries_per_kv_head": 4}, "n_kv_head=2 takes the place of queries_per_kv_head=4"),
+], ids=str)  # fmt: skip
+def test_what_a_setting_does_not_do_is_noted(tiny, changes, words):
+    config = tiny(**{"block_size": 16, "position_encoding": "none", **changes})
+    assert [note for note in notes(config) if words in note], notes(config)
+    assert notes(tiny(block_size=16, sliding_window=8)) == []
 
 
 def test_options_that_no_chosen_part_reads_are_noticed(tiny):

@@ -559,3 +559,10 @@ def test_splitting_a_step_moves_the_bias_alike(workshop):
     assert torch.equal(weights(whole, 3)["blocks.0.ffn.choice_bias"], weights(split, 3)["blocks.0.ffn.choice_bias"])
     for one, other in zip(rows(whole, "train"), rows(split, "train"), strict=True):
         assert one["expert_load"] == other["expert_load"] and one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_packed_documents_and_a_capacity_are_refused_together(tiny):
+    model, idx = ConfigurableGPT(tiny(ffn_type="moe", capacity_factor=0.5)), torch.zeros(1, 6, dtype=torch.int64)
+    model(idx)
+    with pytest.raises(UserError, match="capacity_factor above 0 lets the documents"):
+        model(idx, document_ids=torch.tensor([[0, 0, 0, 1, 1, 1]]))

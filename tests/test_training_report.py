@@ -78,7 +78,7 @@ def test_the_lines_of_the_tree_add_up(tiny, changes, head_fraction):
     assert cost == pytest.approx(flops.forward, rel=0.01) and number(forward) == pytest.approx(flops.forward, rel=0.01)
 
 
-def report(tiny, unused=None, tokenizer="byte", model=None, resolved=None, matched=None, counts=(), **train):
+def report(tiny, notes=(), tokenizer="byte", model=None, resolved=None, matched=None, counts=(), **train):
     settings = Settings(
         tiny(**(model or {})), TrainConfig(**{"max_iters": 10, "warmup_iters": 2, "batch_size": 4, **train}), [], {}
     )
@@ -98,7 +98,7 @@ def report(tiny, unused=None, tokenizer="byte", model=None, resolved=None, match
     }
     place = Place(torch.device("cpu"), "float32", tf32=False)
     peak = HardwarePeak(1e9, "counted on fingers")
-    return startup_report(network, flops_per_token(network), peak, place, settings, dataset, resolved, unused or {})
+    return startup_report(network, flops_per_token(network), peak, place, settings, dataset, resolved, notes)
 
 
 def test_it_says_what_is_about_to_happen(tiny):
@@ -132,7 +132,7 @@ def test_it_says_what_was_solved_and_when_it_saves(tiny):
 
 
 def test_it_mentions_what_has_no_effect(tiny):
-    text = report(tiny, unused={"rope_theta": 5.0}, warmup_iters=10)
+    text = report(tiny, notes=["rope_theta=5.0 is read by no chosen part"], warmup_iters=10)
     assert "note         rope_theta=5.0 is read by no chosen part" in text
     assert "note         warmup_iters=10 outlasts the run" in text
 
