@@ -1,6 +1,5 @@
 # Linear attention (Katharopoulos et al. 2020, "Transformers are RNNs", arXiv:2006.16236) in the place of GPT-2's
-# softmax. The same weights to the last one, so that a comparison with arch_gpt2.py is of the mixer alone: 1.1M at
-# size_1M, with 69 tokens and block_size=2560.
+# softmax. The same weights to the last one, so that a comparison with arch_gpt2.py is of the mixer alone.
 #
 # The mixer's own options and their defaults, which are the paper's:
 #   --feature_map="elu_plus_one"  positive, so that weights are, and with a gradient below 0, unlike relu

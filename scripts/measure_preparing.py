@@ -22,6 +22,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from user_errors import Parser, exit_on_user_error
+
 N_WORDS, WORDS_PER_DOCUMENT = 50_000, 500
 
 
@@ -75,8 +79,9 @@ def sums_of(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.bin")}
 
 
+@exit_on_user_error
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=500, help="of text; default %(default)s")
     parser.add_argument("--kind", choices=["jsonl", "txt", "parquet"], default="jsonl")
     parser.add_argument("--tokenizer", default="byte", help="byte, gpt2, bpe, ...; default %(default)s")

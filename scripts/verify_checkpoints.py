@@ -14,8 +14,10 @@ from user_errors import UserError, exit_on_user_error
 
 @exit_on_user_error
 def main(arguments):
-    if not arguments or "--help" in arguments or "-h" in arguments:
+    if "--help" in arguments or "-h" in arguments:
         return print(__doc__.strip())
+    if not arguments:
+        raise UserError("no run folder is given: python scripts/verify_checkpoints.py runs/NAME ...")
     for flag in arguments:
         if flag.startswith("-"):
             raise UserError(f"{flag} is no run folder; see --help")

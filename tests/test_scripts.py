@@ -119,4 +119,5 @@ def test_counts_that_disagree_are_exit_code_1(workshop):  # noqa: F811
 
 def test_no_run_to_verify_is_a_sentence(workshop, verify):  # noqa: F811
     assert "there is no run at nothing" in workshop.refused("nothing", main=verify)
+    assert workshop.refused(main=verify).startswith("no run folder is given")
     assert workshop.refused("--deep", main=verify) == "--deep is no run folder; see --help"
