@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from user_errors import Parser, exit_on_user_error
 
+ROOT = Path(__file__).resolve().parents[1]
 N_WORDS, WORDS_PER_DOCUMENT = 50_000, 500
 
 
