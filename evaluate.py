@@ -1,0 +1,368 @@
+"""Ask the checkpoints of finished runs to go on from short prompts, and score what they write.
+
+    python evaluate.py                                                       # the latest checkpoint of every run
+    python evaluate.py --run_names gpt2 'llama*' --checkpoint_step 4000
+    python evaluate.py --prompts eval/prompts_code.json --all_checkpoints --out_dir comparisons/eval_code
+    python evaluate.py --at_tokens 1M,10M --temperature 0.8 --num_samples 5  # runs at equal tokens; sampled
+
+It reads run folders as train.py leaves them, and needs no dataset. It leaves behind, in a folder of its own that is
+never written over:
+
+    eval_results.csv          a row for each run, checkpoint and prompt: what was written, and what was likely
+    summary_table.csv, .md    a row for each run and checkpoint
+    category_breakdown.csv    the same by category of prompts
+    difficulty_breakdown.csv  the same by difficulty
+
+and a line in each run's evals.jsonl, from which compare_architectures.py shows the score beside the loss.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import configurator
+import training_checkpoint as checkpoint
+from comparison_folders import fresh_folder, token_count
+from comparison_runs import all_run_folders, named_folders
+from eval_prompts import Decoding, breakdown, load_prompts, run_prompts, totals
+from model_builder import ConfigurableGPT
+from training_parallel import find_place
+from training_report import human_count, human_seconds, printable
+from training_tokenizers import load_tokenizer
+from user_errors import Parser, UserError, exit_on_user_error
+
+EVALS_FORMAT = 1  # of a line of evals.jsonl
+SAME_TOKENS = 0.01  # checkpoints within this share of a token count are at it, as is the first step to reach it
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint of a run that is to be evaluated."""
+
+    run: Path
+    folder: Path
+    step: int
+    tokens: int  # processed
+    scheduled: int  # the token count that it was the first step to reach; runs of unequal batch share it
+
+
+# ---- what is asked for -----------------------------------------------------------------------------------------------
+
+
+def parse(arguments):
+    description, _, _ = __doc__.partition("\n\nIt reads")
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--runs_dir", default="runs", metavar="DIR", help="the folder that holds run folders (runs)")
+    add("--run_names", nargs="+", default=[], metavar="RUN", help="names, globs or paths; all runs by default")
+    add("--prompts", default="eval/prompts_tinystories.json", metavar="FILE", help="prompt file (TinyStories)")
+    add(
+        "--out_dir", default="comparisons/eval_harness", metavar="DIR", help="where files go (comparisons/eval_harness)"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint_step", type=int, metavar="STEP", help="which checkpoint; the latest by default")
+    which.add_argument("--checkpoint", metavar="NAME", help="the same by its folder's name, such as checkpoint-5000")
+    which.add_argument("--at_tokens", metavar="N,N", help="the checkpoints at these token counts, such as 1M,10M")
+    which.add_argument("--all_checkpoints", action="store_true", help="every checkpoint")
+    add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token each time")
+    add("--top_k", type=int, help="draw from the likeliest k tokens alone")
+    add("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
+    add("--num_samples", type=int, default=1, help="texts for each prompt, at a temperature above 0 (1)")
+    add("--max_new_bytes", type=int, default=64, help="how much of what is written counts (64)")
+    add("--seed", type=int, default=1337)
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = parser.parse_args(arguments)
+    check(args)
+    return args
+
+
+def check(args):
+    least = {"checkpoint_step": 0, "temperature": 0, "top_k": 1, "num_samples": 1, "max_new_bytes": 1, "seed": 0}
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and not bound <= value < float("inf"):
+            raise UserError(f"--{name}={value} must be at least {bound}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p={args.top_p} must lie in (0, 1]")
+    if args.num_samples > 1 and args.temperature == 0:
+        raise UserError(
+            f"--num_samples={args.num_samples} with --temperature=0 would be one text many times; use --temperature=0.8"
+        )
+    if args.checkpoint is not None:
+        found = re.fullmatch(r"checkpoint-(\d+)", Path(args.checkpoint).name)
+        if not found:
+            raise UserError(f"--checkpoint={args.checkpoint} must be the name of a folder, such as checkpoint-5000")
+        args.checkpoint_step = int(found[1])
+    args.at_tokens = [token_count(text.strip()) for text in (args.at_tokens or "").split(",") if text.strip()]
+
+
+def find_targets(args):
+    """([Target], problems): the checkpoints asked for, and a line for each run that was left out.
+
+    A run that was named has to be fit; where all runs are taken, those that are not cost a line each.
+    """
+    folders = named_folders(Path(args.runs_dir), args.run_names) or all_run_folders(Path(args.runs_dir))
+    if not folders:
+        raise UserError(f"no runs found in {args.runs_dir}; train one: python train.py")
+    targets, problems = [], []
+    for folder in folders:
+        found, problem = (targets_of(folder, args), None) if args.run_names else targets_or_problem(folder, args)
+        targets += found
+        problems += [problem] if problem else []
+    if not targets:
+        raise UserError(problems[0] + (f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""))
+    return targets, problems + unshared(targets)
+
+
+def targets_or_problem(folder, args):
+    """([Target], None), or ([], why a run cannot be evaluated)."""
+    try:
+        return targets_of(folder, args), None
+    except UserError as error:
+        return [], f"{folder.name} was left out: {error}"
+
+
+def targets_of(folder, args):
+    """[Target] of one run."""
+    settings = configurator.load_run(folder)
+    if not settings.model.causal:
+        raise UserError(
+            f"run '{folder.name}' has causal=False and objective='{settings.train.objective}': it fills gaps and "
+            "cannot write on from a prompt"
+        )
+    checkpoint.find_checkpoint(folder, args.checkpoint_step)  # one sentence where there is none
+    found = [read_target(folder, step, path) for step, path in checkpoint.list_checkpoints(folder)]
+    if args.at_tokens:
+        return list(dict.fromkeys(at_count(found, count) for count in args.at_tokens))
+    if args.all_checkpoints:
+        return found
+    return [target for target in found if target.step == args.checkpoint_step] or found[-1:]
+
+
+def read_target(run, step, folder):
+    try:
+        tokens = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["token_metrics"]
+        processed = int(tokens["total_tokens_processed"])
+        return Target(run, folder, step, processed, int(tokens.get("estimated_tokens_at_step", processed)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'metadata.json'} does not say how many tokens the checkpoint has seen") from None
+
+
+def at_count(found, count):
+    """The checkpoint at a token count: scheduled for it, or within 1% of it."""
+    nearest = min(found, key=lambda each: min(abs(each.tokens - count), abs(each.scheduled - count)))
+    if count == nearest.scheduled or abs(nearest.tokens - count) <= SAME_TOKENS * count:
+        return nearest
+    there = ", ".join(f"{each.tokens:,}" for each in found)
+    raise UserError(
+        f"run '{nearest.run.name}' has no checkpoint at {count:,} tokens; it has {there}; "
+        "train with --checkpoint_tokens to save at the counts that you want"
+    )
+
+
+def unshared(targets):
+    """A line where some run lacks a token count at which others are evaluated."""
+    runs = dict.fromkeys(target.run for target in targets)
+    counts = {count: {target.run for target in targets if target.scheduled == count}
+              for count in sorted({target.scheduled for target in targets})}  # fmt: skip
+    odd = [f"{count:,}" for count, having in counts.items() if len(having) < len(runs)]
+    if not odd:
+        return []
+    some = ", ".join(odd[:4]) + (f" and {len(odd) - 4} more" if len(odd) > 4 else "")
+    return [f"not all runs are evaluated at these token counts: {some}; read scores at equal tokens only"]
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+
+@exit_on_user_error
+def main(arguments):
+    args = parse(arguments)
+    prompts = load_prompts(args.prompts)
+    targets, problems = find_targets(args)
+    decoding = Decoding(args.temperature, args.top_k, args.top_p, args.num_samples, args.max_new_bytes, args.seed)
+    folder = fresh_folder(args.out_dir)
+    progress, evaluated = Progress(len(targets)), []
+    for target in targets:
+        progress.begin(f"{target.run.name} {target.folder.name}")
+        results = evaluate(target, prompts.prompts, decoding, args.device, progress)
+        append_line(target.run / "evals.jsonl", record_of(target, prompts, decoding, results))
+        evaluated.append((target, results))
+        problems += [line for line in notes_of(target, results) if line not in problems]
+    progress.end()
+    write_results(evaluated, folder)
+    table = summary_lines(evaluated)
+    about = heading(prompts, decoding)
+    text = "\n".join([about, "", *table, "", *[f"- {line}" for line in problems]]).rstrip() + "\n"
+    (folder / "summary_table.md").write_text(f"# Prompts\n\n{text}", encoding="utf-8", newline="\n")
+    print(f"\n{printable(text)}\nWrote eval_results.csv, summary_table.csv, summary_table.md, category_breakdown.csv, "
+          f"difficulty_breakdown.csv to {folder.as_posix()}/, and a line to each run's evals.jsonl")  # fmt: skip
+
+
+def evaluate(target, prompts, decoding, device, progress):
+    """[PromptResult] of one checkpoint, loaded from its run's folder alone."""
+    settings = configurator.load_run(target.run)
+    checkpoint.read_metadata(target.folder)
+    place = find_place(settings.train.replace(device=device, dtype="auto"))
+    tokenizer = load_tokenizer(target.run)
+    model = ConfigurableGPT(settings.model)
+    checkpoint.load_model(model, target.folder)
+    model.to(place.device).eval()
+    with place.autocast():
+        return run_prompts(model, tokenizer, prompts, decoding, progress.show)
+
+
+def notes_of(target, results):
+    """A line for each reason for which prompts could not be asked as they stand."""
+    reasons = [result.note for result in results if result.note]
+    counts = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+    return [f"{target.run.name}: {n} of {len(results)} prompts: {reason}" for reason, n in counts.items()]
+
+
+class Progress:
+    """One line that says where it is and how long the rest takes; a line for each checkpoint in a file or a pipe."""
+
+    def __init__(self, total):
+        self.total, self.done, self.name, self.t0 = total, -1, "", time.perf_counter()
+        self.is_terminal = sys.stdout.isatty()
+
+    def begin(self, name):
+        self.done, self.name = self.done + 1, name
+        if self.is_terminal:
+            self.show(0.0)
+        else:
+            print(f"[{self.done + 1}/{self.total}] {name}", flush=True)
+
+    def show(self, share):
+        """Share of the checkpoint's prompts that is done."""
+        if not self.is_terminal:
+            return
+        whole = (self.done + share) / self.total
+        left = (time.perf_counter() - self.t0) * (1 - whole) / whole if whole else None
+        eta = "" if left is None else f"  {human_seconds(left)} left"
+        print(f"\r\x1b[2K[{self.done + 1}/{self.total}] {self.name}  {share:.0%}{eta}"[:150], end="", flush=True)
+
+    def end(self):
+        if self.is_terminal:
+            print("\r\x1b[2K", end="", flush=True)
+
+
+# ---- what is left behind ---------------------------------------------------------------------------------------------
+
+
+def record_of(target, prompts, decoding, results):
+    """The line of evals.jsonl."""
+    return {
+        "format": EVALS_FORMAT,
+        "kind": "prompts",
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "checkpoint": target.folder.name,
+        "step": target.step,
+        "tokens_processed": target.tokens,
+        "tokens_scheduled": target.scheduled,
+        "prompt_file": {"name": prompts.path.name, "sha256": prompts.sha256},
+        "decoding": asdict(decoding),
+        **totals(results),
+        "categories": breakdown(results, "category"),
+        "difficulties": breakdown(results, "difficulty"),
+    }
+
+
+def append_line(path, record):
+    """Append one line of JSON, after a line break where the last writer was cut off."""
+    try:
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record, allow_nan=False).encode("utf-8") + b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def write_results(evaluated, folder):
+    """The CSV files. `evaluated`: [(Target, [PromptResult])]."""
+    write_table(folder / "eval_results.csv", [
+        {**place_of(target), **result_row(result)} for target, results in evaluated for result in results
+    ])  # fmt: skip
+    write_table(
+        folder / "summary_table.csv", [{**place_of(target), **totals(results)} for target, results in evaluated]
+    )
+    for name in ("category", "difficulty"):
+        rows = [{**place_of(target), name: key, **numbers} for target, results in evaluated
+                for key, numbers in breakdown(results, name).items()]  # fmt: skip
+        write_table(folder / f"{name}_breakdown.csv", rows)
+
+
+def place_of(target):
+    return {"run": target.run.name, "checkpoint": target.folder.name, "step": target.step,
+            "tokens_processed": target.tokens, "tokens_scheduled": target.scheduled}  # fmt: skip
+
+
+def result_row(result):
+    prompt = result.prompt
+    return {
+        "id": prompt.id,
+        "category": prompt.category,
+        "difficulty": prompt.difficulty,
+        "match": prompt.match,
+        "prompt": prompt.prompt,
+        "answers": json.dumps(prompt.answers, ensure_ascii=False),
+        "written": result.written[0] if len(result.written) == 1 else json.dumps(result.written, ensure_ascii=False),
+        "passed": result.passed,
+        "points": result.points,
+        "max_points": prompt.score,
+        "is_chosen": None if result.is_chosen is None else int(result.is_chosen),
+        "log_probability_per_byte": json.dumps(result.nats_per_byte, ensure_ascii=False),
+        "note": result.note,
+    }
+
+
+def write_table(path, rows):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def heading(prompts, decoding):
+    how = "greedily" if not decoding.temperature else (
+        f"{decoding.num_samples} x at temperature {decoding.temperature:g}, seed {decoding.seed}"
+    )  # fmt: skip
+    named = f"{prompts.path.as_posix()} (sha256 {prompts.sha256[:12]})"
+    return (
+        f"{len(prompts.prompts)} prompts of {named}, continued {how}.\n"
+        "score: share of the points. passed: share of the prompts, and its 95% interval over prompts.\n"
+        "chosen: how often the best answer is likelier per byte than every wrong one (by chance).\n"
+        "nats/byte: what the best answer costs."
+    )
+
+
+def summary_lines(evaluated):
+    """The table of summary_table.md, which is also the terminal's: columns are padded."""
+    rows = [["run", "step", "tokens", "score", "passed", "chosen", "nats/byte"]]
+    for target, results in evaluated:
+        numbers = totals(results)
+        interval = f"{percent(numbers['passed'])} [{percent(numbers['passed_low'])}, {percent(numbers['passed_high'])}]"
+        chosen = f"{percent(numbers['chosen'])} ({percent(numbers['chosen_by_chance'])})"
+        nats = numbers["answer_nats_per_byte"]
+        rows.append([target.run.name, f"{target.step}", human_count(target.tokens), percent(numbers["score"]), interval,
+                     chosen, "-" if nats is None else f"{nats:.3f}"])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return [f"| {' | '.join(text.ljust(n) for text, n in zip(row, widths, strict=True))} |" for row in rows]
+
+
+def percent(share):
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
