@@ -4,25 +4,26 @@
     python evaluate.py --run_names gpt2 'llama*' --checkpoint_step 4000
     python evaluate.py --prompts eval/prompts_code.json --all_checkpoints --out_dir comparisons/eval_code
     python evaluate.py --at_tokens 1M,10M --temperature 0.8 --num_samples 5  # runs at equal tokens; sampled
+    python evaluate.py --loss --out_dir comparisons/loss                     # where the validation loss comes from
 
-It reads run folders as train.py leaves them, and needs no dataset. It leaves behind, in a folder of its own that is
-never written over:
+It reads run folders as train.py leaves them; only --loss needs their dataset too. It leaves behind, in a folder of its
+own that is never written over:
 
     eval_results.csv          a row for each run, checkpoint and prompt: what was written, and what was likely
     summary_table.csv, .md    a row for each run and checkpoint
     category_breakdown.csv    the same by category of prompts
     difficulty_breakdown.csv  the same by difficulty
+    loss_breakdown.csv        of --loss, in place of the CSV files above: context, position, recall, frequency
 
 and a line in each run's evals.jsonl, from which compare_architectures.py shows the score beside the loss.
 """
 
 import argparse
-import csv
 import json
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -30,11 +31,11 @@ import configurator
 import training_checkpoint as checkpoint
 from comparison_folders import fresh_folder, token_count
 from comparison_runs import all_run_folders, named_folders
-from eval_prompts import Decoding, breakdown, load_prompts, run_prompts, totals
+from eval_prompts import Decoding, load_prompts
+from eval_tasks import LossTask, PromptTask
 from model_builder import ConfigurableGPT
 from training_parallel import find_place
 from training_report import human_count, human_seconds, printable
-from training_tokenizers import load_tokenizer
 from user_errors import Parser, UserError, exit_on_user_error
 
 EVALS_FORMAT = 1  # of a line of evals.jsonl
@@ -76,6 +77,8 @@ def parse(arguments):
     add("--num_samples", type=int, default=1, help="texts for each prompt, at a temperature above 0 (1)")
     add("--max_new_bytes", type=int, default=64, help="how much of what is written counts (64)")
     add("--seed", type=int, default=1337)
+    add("--loss", action="store_true", help="take the validation loss apart instead; this needs the dataset")
+    add("--loss_tokens", type=int, default=2**17, metavar="N", help="validation tokens that --loss reads (131072)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(arguments)
     check(args)
@@ -83,7 +86,8 @@ def parse(arguments):
 
 
 def check(args):
-    least = {"checkpoint_step": 0, "temperature": 0, "top_k": 1, "num_samples": 1, "max_new_bytes": 1, "seed": 0}
+    least = {"checkpoint_step": 0, "temperature": 0, "top_k": 1, "num_samples": 1, "max_new_bytes": 1, "seed": 0,
+             "loss_tokens": 1}  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and not bound <= value < float("inf"):
@@ -184,45 +188,79 @@ def unshared(targets):
 @exit_on_user_error
 def main(arguments):
     args = parse(arguments)
-    prompts = load_prompts(args.prompts)
+    task = task_of(args)
     targets, problems = find_targets(args)
-    decoding = Decoding(args.temperature, args.top_k, args.top_p, args.num_samples, args.max_new_bytes, args.seed)
     folder = fresh_folder(args.out_dir)
     progress, evaluated = Progress(len(targets)), []
     for target in targets:
         progress.begin(f"{target.run.name} {target.folder.name}")
-        results = evaluate(target, prompts.prompts, decoding, args.device, progress)
-        append_line(target.run / "evals.jsonl", record_of(target, prompts, decoding, results))
+        results = evaluate(target, task, args.device, progress)
+        append_line(target.run / "evals.jsonl", line_of(target, task.record(results)))
         evaluated.append((target, results))
-        problems += [line for line in notes_of(target, results) if line not in problems]
+        problems += [f"{target.run.name}: {note}" for note in task.notes(results)]
     progress.end()
-    write_results(evaluated, folder)
-    table = summary_lines(evaluated)
-    about = heading(prompts, decoding)
-    text = "\n".join([about, "", *table, "", *[f"- {line}" for line in problems]]).rstrip() + "\n"
-    (folder / "summary_table.md").write_text(f"# Prompts\n\n{text}", encoding="utf-8", newline="\n")
-    print(f"\n{printable(text)}\nWrote eval_results.csv, summary_table.csv, summary_table.md, category_breakdown.csv, "
-          f"difficulty_breakdown.csv to {folder.as_posix()}/, and a line to each run's evals.jsonl")  # fmt: skip
+    places = [(place_of(target), results) for target, results in evaluated]
+    files = ["summary_table.md", *task.write(places, folder)]
+    lines = [task.heading(), "", *table_lines(evaluated, task), "", *[f"- {line}" for line in dict.fromkeys(problems)]]
+    text = "\n".join(lines).rstrip() + "\n"
+    (folder / "summary_table.md").write_text(f"# {task.title}\n\n{text}", encoding="utf-8", newline="\n")
+    print(
+        f"\n{printable(text)}\nWrote {', '.join(files)} to {folder.as_posix()}/, and a line to each run's evals.jsonl"
+    )
 
 
-def evaluate(target, prompts, decoding, device, progress):
-    """[PromptResult] of one checkpoint, loaded from its run's folder alone."""
+def task_of(args):
+    if args.loss:
+        return LossTask(args.loss_tokens)
+    decoding = Decoding(args.temperature, args.top_k, args.top_p, args.num_samples, args.max_new_bytes, args.seed)
+    return PromptTask(load_prompts(args.prompts), decoding)
+
+
+def evaluate(target, task, device, progress):
+    """What the task found of one checkpoint, loaded from its run's folder."""
     settings = configurator.load_run(target.run)
     checkpoint.read_metadata(target.folder)
     place = find_place(settings.train.replace(device=device, dtype="auto"))
-    tokenizer = load_tokenizer(target.run)
+    material = task.material(target.run, settings)
     model = ConfigurableGPT(settings.model)
     checkpoint.load_model(model, target.folder)
     model.to(place.device).eval()
     with place.autocast():
-        return run_prompts(model, tokenizer, prompts, decoding, progress.show)
+        return task.ask(model, material, progress.show)
 
 
-def notes_of(target, results):
-    """A line for each reason for which prompts could not be asked as they stand."""
-    reasons = [result.note for result in results if result.note]
-    counts = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
-    return [f"{target.run.name}: {n} of {len(results)} prompts: {reason}" for reason, n in counts.items()]
+def line_of(target, record):
+    """The line of evals.jsonl."""
+    return {"format": EVALS_FORMAT, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **place_of(target), **record}  # fmt: skip
+
+
+def place_of(target):
+    return {"run": target.run.name, "checkpoint": target.folder.name, "step": target.step,
+            "tokens_processed": target.tokens, "tokens_scheduled": target.scheduled}  # fmt: skip
+
+
+def table_lines(evaluated, task):
+    """The table of summary_table.md, which is also the terminal's: columns are padded."""
+    rows = [["run", "step", "tokens", *task.columns]]
+    for target, results in evaluated:
+        rows.append([target.run.name, f"{target.step}", human_count(target.tokens), *task.cells(results)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return [f"| {' | '.join(text.ljust(n) for text, n in zip(row, widths, strict=True))} |" for row in rows]
+
+
+def append_line(path, record):
+    """Append one line of JSON, after a line break where the last writer was cut off."""
+    try:
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record, allow_nan=False).encode("utf-8") + b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 class Progress:
@@ -251,117 +289,6 @@ class Progress:
     def end(self):
         if self.is_terminal:
             print("\r\x1b[2K", end="", flush=True)
-
-
-# ---- what is left behind ---------------------------------------------------------------------------------------------
-
-
-def record_of(target, prompts, decoding, results):
-    """The line of evals.jsonl."""
-    return {
-        "format": EVALS_FORMAT,
-        "kind": "prompts",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "checkpoint": target.folder.name,
-        "step": target.step,
-        "tokens_processed": target.tokens,
-        "tokens_scheduled": target.scheduled,
-        "prompt_file": {"name": prompts.path.name, "sha256": prompts.sha256},
-        "decoding": asdict(decoding),
-        **totals(results),
-        "categories": breakdown(results, "category"),
-        "difficulties": breakdown(results, "difficulty"),
-    }
-
-
-def append_line(path, record):
-    """Append one line of JSON, after a line break where the last writer was cut off."""
-    try:
-        with open(path, "a+b") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(record, allow_nan=False).encode("utf-8") + b"\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def write_results(evaluated, folder):
-    """The CSV files. `evaluated`: [(Target, [PromptResult])]."""
-    write_table(folder / "eval_results.csv", [
-        {**place_of(target), **result_row(result)} for target, results in evaluated for result in results
-    ])  # fmt: skip
-    write_table(
-        folder / "summary_table.csv", [{**place_of(target), **totals(results)} for target, results in evaluated]
-    )
-    for name in ("category", "difficulty"):
-        rows = [{**place_of(target), name: key, **numbers} for target, results in evaluated
-                for key, numbers in breakdown(results, name).items()]  # fmt: skip
-        write_table(folder / f"{name}_breakdown.csv", rows)
-
-
-def place_of(target):
-    return {"run": target.run.name, "checkpoint": target.folder.name, "step": target.step,
-            "tokens_processed": target.tokens, "tokens_scheduled": target.scheduled}  # fmt: skip
-
-
-def result_row(result):
-    prompt = result.prompt
-    return {
-        "id": prompt.id,
-        "category": prompt.category,
-        "difficulty": prompt.difficulty,
-        "match": prompt.match,
-        "prompt": prompt.prompt,
-        "answers": json.dumps(prompt.answers, ensure_ascii=False),
-        "written": result.written[0] if len(result.written) == 1 else json.dumps(result.written, ensure_ascii=False),
-        "passed": result.passed,
-        "points": result.points,
-        "max_points": prompt.score,
-        "is_chosen": None if result.is_chosen is None else int(result.is_chosen),
-        "log_probability_per_byte": json.dumps(result.nats_per_byte, ensure_ascii=False),
-        "note": result.note,
-    }
-
-
-def write_table(path, rows):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def heading(prompts, decoding):
-    how = "greedily" if not decoding.temperature else (
-        f"{decoding.num_samples} x at temperature {decoding.temperature:g}, seed {decoding.seed}"
-    )  # fmt: skip
-    named = f"{prompts.path.as_posix()} (sha256 {prompts.sha256[:12]})"
-    return (
-        f"{len(prompts.prompts)} prompts of {named}, continued {how}.\n"
-        "score: share of the points. passed: share of the prompts, and its 95% interval over prompts.\n"
-        "chosen: how often the best answer is likelier per byte than every wrong one (by chance).\n"
-        "nats/byte: what the best answer costs."
-    )
-
-
-def summary_lines(evaluated):
-    """The table of summary_table.md, which is also the terminal's: columns are padded."""
-    rows = [["run", "step", "tokens", "score", "passed", "chosen", "nats/byte"]]
-    for target, results in evaluated:
-        numbers = totals(results)
-        interval = f"{percent(numbers['passed'])} [{percent(numbers['passed_low'])}, {percent(numbers['passed_high'])}]"
-        chosen = f"{percent(numbers['chosen'])} ({percent(numbers['chosen_by_chance'])})"
-        nats = numbers["answer_nats_per_byte"]
-        rows.append([target.run.name, f"{target.step}", human_count(target.tokens), percent(numbers["score"]), interval,
-                     chosen, "-" if nats is None else f"{nats:.3f}"])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    return [f"| {' | '.join(text.ljust(n) for text, n in zip(row, widths, strict=True))} |" for row in rows]
-
-
-def percent(share):
-    return "-" if share is None else f"{100 * share:.1f}%"
 
 
 if __name__ == "__main__":

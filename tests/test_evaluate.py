@@ -157,6 +157,27 @@ def test_the_score_stands_beside_the_loss(trained, ask, tmp_path, monkeypatch, c
     assert "prompt scores are of different settings of decoding" in capsys.readouterr().out
 
 
+def test_the_loss_taken_apart(trained, ask, capsys):
+    out, printed = ask("--loss", "--loss_tokens=512", "--run_names", "plain", "wide")
+    assert sorted(path.name for path in out.iterdir()) == ["loss_breakdown.csv", "summary_table.md"]
+    rows = table(out / "loss_breakdown.csv")
+    assert [row["run"] for row in rows if row["part"] == "whole"] == ["plain", "wide"]
+    record = evals(trained, "plain")[-1]
+    assert record["kind"] == "loss" and record["parts"]["whole"]["all"]["targets"] > 256
+    (loss,) = [row["loss"] for row in rows if (row["run"], row["part"], row["group"]) == ("plain", "context", "1x")]
+    assert f"{float(loss):.4f}" in printed
+    assert "plain: longer contexts were left out: position_encoding='learned_absolute'" in printed
+
+
+def test_the_loss_of_a_run_on_other_tokens_is_refused(workshop):
+    folder = workshop.run("--max_iters=2", name="moved")
+    record = json.loads((folder / "config.json").read_text("utf-8"))
+    record["dataset"]["fingerprint"] = "another"
+    (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
+    sentence = workshop.refused(f"--runs_dir={workshop.runs}", "--loss", "--device=cpu", main=evaluate.main)
+    assert "run 'moved' was trained on other tokens than" in sentence
+
+
 # ---- what it is asked in vain ----------------------------------------------------------------------------------------
 
 
@@ -174,6 +195,7 @@ def test_the_score_stands_beside_the_loss(trained, ask, tmp_path, monkeypatch, c
     (["--num_samples=3"], ["--num_samples=3 with --temperature=0"]),
     (["--temperature=nan"], ["--temperature=nan must be at least 0"]),
     (["--max_new_bytes=0"], ["--max_new_bytes=0 must be at least 1"]),
+    (["--loss", "--loss_tokens=0"], ["--loss_tokens=0 must be at least 1"]),
     (["--top_p=2"], ["--top_p=2.0 must lie in (0, 1]"]),
     (["--prompts=none.json"], ["--prompts=none.json cannot be read"]),
     (["--promts=none.json"], ["did you mean '--prompts'"]),
