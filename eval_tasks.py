@@ -1,7 +1,8 @@
 """What evaluate.py may ask of a checkpoint: prompts, or where its loss comes from. Each knows its files and its table.
 
 A task has `material(run_folder, settings)`, what it needs beside the model; `ask(model, material, progress)`; and, of
-what that returned, `record` (for evals.jsonl), `notes`, `cells` (for the table) and `write` (the CSV files).
+what that returned, `record` (for evals.jsonl), `notes`, `panels` (for the figure), `cells` (for the table) and `write`
+(the CSV files).
 """
 
 import csv
@@ -21,6 +22,7 @@ class PromptTask:
 
     title = "Prompts"
     columns = ("score", "passed", "chosen", "nats/byte")
+    panels_of = "share of points, or of prompts"
 
     def __init__(self, prompts, decoding):
         self.prompts, self.decoding = prompts, decoding
@@ -47,6 +49,13 @@ class PromptTask:
         reasons = [result.note for result in results if result.note]
         counts = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
         return [f"{n} of {len(results)} prompts: {reason}" for reason, n in counts.items()]
+
+    def panels(self, results):
+        """{panel: {group: number}}, for the figure."""
+        return {
+            f"by {name}, {how}": {key: numbers[column] for key, numbers in breakdown(results, name).items()}
+            for how, column in (("written", "score"), ("chosen", "chosen")) for name in ("category", "difficulty")
+        }  # fmt: skip
 
     def cells(self, results):
         numbers = totals(results)
@@ -90,6 +99,7 @@ class LossTask:
     """The validation loss by context length, position, recall and frequency."""
 
     title = "Loss"
+    panels_of = "nats per token"
     columns = ("loss", "2x", "4x", "8x", "seen", "new", "rare")
 
     def __init__(self, n_tokens):
@@ -110,12 +120,16 @@ class LossTask:
         return measure_loss(model, dataset, self.n_tokens, progress), multiples_for(model, dataset)[1]
 
     def record(self, results):
-        groups, _ = results
         parts = {}
-        for (part, group), tally in groups.items():
+        for (part, group), tally in results[0].items():
             loss = tally.loss if math.isfinite(tally.loss) else None
             parts.setdefault(part, {})[group] = {"loss": loss, "targets": tally.targets}
         return {"kind": "loss", "loss_tokens": self.n_tokens, "parts": parts}
+
+    def panels(self, results):
+        """{part: {group: loss}}, for the figure."""
+        parts = self.record(results)["parts"]
+        return {name: {group: each["loss"] for group, each in parts[name].items()} for name in parts if name != "whole"}
 
     def notes(self, results):
         return [f"longer contexts were left out: {results[1]}"] if results[1] else []

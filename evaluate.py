@@ -13,6 +13,7 @@ own that is never written over:
     summary_table.csv, .md    a row for each run and checkpoint
     category_breakdown.csv    the same by category of prompts
     difficulty_breakdown.csv  the same by difficulty
+    breakdown.png             both of these drawn, a line for each run and checkpoint
     loss_breakdown.csv        of --loss, in place of the CSV files above: context, position, recall, frequency
 
 and a line in each run's evals.jsonl, from which compare_architectures.py shows the score beside the loss.
@@ -30,6 +31,7 @@ from pathlib import Path
 import configurator
 import training_checkpoint as checkpoint
 from comparison_folders import fresh_folder, token_count
+from comparison_groups import draw_groups
 from comparison_runs import all_run_folders, named_folders
 from eval_prompts import Decoding, load_prompts
 from eval_tasks import LossTask, PromptTask
@@ -79,6 +81,7 @@ def parse(arguments):
     add("--seed", type=int, default=1337)
     add("--loss", action="store_true", help="take the validation loss apart instead; this needs the dataset")
     add("--loss_tokens", type=int, default=2**17, metavar="N", help="validation tokens that --loss reads (131072)")
+    add("--no_plots", action="store_true", help="leave the figure out")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(arguments)
     check(args)
@@ -201,6 +204,10 @@ def main(arguments):
     progress.end()
     places = [(place_of(target), results) for target, results in evaluated]
     files = ["summary_table.md", *task.write(places, folder)]
+    if not args.no_plots:
+        labels = {f"{place['run']} {place['checkpoint']}": task.panels(results) for place, results in places}
+        draw_groups(labels, task.panels_of, folder / "breakdown.png")
+        files.append("breakdown.png")
     lines = [task.heading(), "", *table_lines(evaluated, task), "", *[f"- {line}" for line in dict.fromkeys(problems)]]
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "summary_table.md").write_text(f"# {task.title}\n\n{text}", encoding="utf-8", newline="\n")

@@ -37,10 +37,10 @@ def trained(book, tmp_path_factory):
 def ask(trained, tmp_path, capsys):
     """Run evaluate.py, and return (folder of results, what it printed)."""
 
-    def run(*arguments, out="out"):
+    def run(*arguments, out="out", plots=False):
         evaluate.main([
             f"--runs_dir={trained.runs}", f"--prompts={trained.folder / 'prompts.json'}", "--device=cpu",
-            f"--out_dir={tmp_path / out}", "--max_new_bytes=8", *arguments,
+            f"--out_dir={tmp_path / out}", "--max_new_bytes=8", *(() if plots else ("--no_plots",)), *arguments,
         ])  # fmt: skip
         return tmp_path / out, capsys.readouterr().out
 
@@ -60,9 +60,9 @@ def evals(trained, run):
 
 def test_every_run_at_its_latest_checkpoint(trained, ask):
     before = files_in(trained.runs)
-    out, printed = ask()
+    out, printed = ask(plots=True)
     assert sorted(path.name for path in out.iterdir()) == [
-        "category_breakdown.csv", "difficulty_breakdown.csv", "eval_results.csv", "summary_table.csv",
+        "breakdown.png", "category_breakdown.csv", "difficulty_breakdown.csv", "eval_results.csv", "summary_table.csv",
         "summary_table.md",
     ]  # fmt: skip
     rows = table(out / "eval_results.csv")
@@ -158,8 +158,11 @@ def test_the_score_stands_beside_the_loss(trained, ask, tmp_path, monkeypatch, c
 
 
 def test_the_loss_taken_apart(trained, ask, capsys):
-    out, printed = ask("--loss", "--loss_tokens=512", "--run_names", "plain", "wide")
-    assert sorted(path.name for path in out.iterdir()) == ["loss_breakdown.csv", "summary_table.md"]
+    out, printed = ask("--loss", "--loss_tokens=512", "--run_names", "plain", "wide", plots=True)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "breakdown.png", "loss_breakdown.csv", "summary_table.md",
+    ]  # fmt: skip
+    assert (out / "breakdown.png").read_bytes().startswith(b"\x89PNG")
     rows = table(out / "loss_breakdown.csv")
     assert [row["run"] for row in rows if row["part"] == "whole"] == ["plain", "wide"]
     record = evals(trained, "plain")[-1]
@@ -216,7 +219,7 @@ def test_a_run_that_fills_gaps_is_refused_and_where_others_are_left_out(workshop
         assert "run 'filler' has causal=False and objective='masked_lm'" in sentence
     workshop.run("--max_iters=2", name="writer")
     workshop.printed()
-    evaluate.main([*given, "--device=cpu", "--max_new_bytes=2"])
+    evaluate.main([*given, "--device=cpu", "--max_new_bytes=2", "--no_plots"])
     assert "filler was left out: run 'filler' has causal=False" in workshop.printed()
     assert (workshop.folder / "comparisons" / "eval_harness" / "eval_results.csv").is_file()
 
