@@ -131,7 +131,8 @@ def target_nats(model, inputs, targets):
 def position_labels(T):
     """(T,) array of '1', '2-3', '4-7', ...: how many tokens stand before a target, itself not counted."""
     lows = 2 ** np.floor(np.log2(np.arange(1, T + 1))).astype(np.int64)
-    return np.array(["1" if low == 1 else f"{low}-{min(2 * low - 1, T)}" for low in lows.tolist()])
+    highs = np.minimum(2 * lows - 1, T)
+    return np.array([f"{low}" if low == high else f"{low}-{high}" for low, high in zip(lows, highs, strict=True)])
 
 
 def seen_before(inputs, targets):

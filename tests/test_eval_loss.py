@@ -104,6 +104,7 @@ def test_pairs_seen_before_as_found_by_looking(dataset):
 
 def test_groups_by_position_and_by_rank():
     assert position_labels(9).tolist() == ["1", *["2-3"] * 2, *["4-7"] * 4, *["8-9"] * 2]
+    assert position_labels(8)[-1] == "8"
     ranks = np.array([0, 1, 10, 11, 100, 101, 1000, 1001, 10_000, 10_001])
     assert rank_labels(ranks).tolist() == [
         "never", "1-10", "1-10", "11-100", "11-100", "101-1000", "101-1000", "1001-10000", "1001-10000", "over 10000",
