@@ -238,10 +238,13 @@ def run_prompts(model, tokenizer, prompts, decoding, progress=lambda done: None)
     Raises:
         UserError: an answer that is as long as the context.
     """
-    was_training = model.training
-    model.eval()
     results = [PromptResult(prompt) for prompt in prompts]
-    asked = [row for result in results if (row := tokens_of(result, tokenizer))]
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        for result in results:
+            result.note = "failed, for the weights are not finite"
+        return results
+    asked, was_training = [row for result in results if (row := tokens_of(result, tokenizer))], model.training
+    model.eval()
     with torch.inference_mode():
         score_answers(model, tokenizer, asked)
         done = 0
@@ -289,7 +292,7 @@ def score_answers(model, tokenizer, asked):
             batch = rows[start : start + MAX_BATCH]
             scores = log_probabilities(model, [whole for _, _, whole, _ in batch], [n for _, _, _, n in batch])
             for (result, text, _, _), nats in zip(batch, scores, strict=True):
-                if math.isfinite(nats):  # a run that diverged has no likelihoods, and fails
+                if math.isfinite(nats):  # half precision may overflow
                     result.nats_per_byte[text] = nats / len((result.prompt.join + text).encode("utf-8"))
 
 

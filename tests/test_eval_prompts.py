@@ -244,10 +244,12 @@ def test_the_likelihood_of_a_regex_is_of_its_examples(tiny):
     assert results[1].is_chosen is None and results[1].best_right is None
 
 
-def test_a_diverged_model_fails_quietly(tiny):
+def test_a_diverged_model_fails_with_a_word(tiny):
     model = ConfigurableGPT(tiny(vocab_size=256, block_size=64))
     torch.nn.init.constant_(model.head.weight, math.nan)
-    numbers = totals(run_prompts(model, TOKENIZER, PROMPTS, Decoding(max_new_bytes=2)))
+    results = run_prompts(model, TOKENIZER, PROMPTS, Decoding(temperature=1.0, max_new_bytes=2))
+    assert {result.note for result in results} == {"failed, for the weights are not finite"}
+    numbers = totals(results)
     assert numbers["score"] == 0 and numbers["chosen"] == 0 and numbers["answer_nats_per_byte"] is None
     json.dumps(numbers, allow_nan=False)
 
