@@ -24,7 +24,7 @@ import torch
 
 from user_errors import UserError, did_you_mean
 
-MAX_BATCH = 64  # sequences of one length that a forward pass takes
+MAX_BATCH = 32  # sequences of one length that a forward pass takes
 
 
 # ---- does a text hold an answer? -------------------------------------------------------------------------------------
@@ -298,9 +298,9 @@ def score_answers(model, tokenizer, asked):
 
 def log_probabilities(model, sequences, lengths):
     """[log p of the last `length` tokens given those before] in nats, of sequences that are equally long."""
-    idx = torch.tensor(sequences, device=model.head.weight.device)  # (B, T)
-    logits = model(idx[:, :-1])[0].float()
-    of_next = torch.log_softmax(logits, dim=-1).gather(-1, idx[:, 1:, None]).squeeze(-1)  # (B, T - 1)
+    idx, longest = torch.tensor(sequences, device=model.head.weight.device), max(lengths)  # (B, T)
+    logits = model.logits(model.hidden_states(idx[:, :-1])[:, -longest:]).float()  # those of the answers alone
+    of_next = torch.log_softmax(logits, dim=-1).gather(-1, idx[:, -longest:, None]).squeeze(-1)  # (B, longest)
     return [row[-n:].sum().item() for row, n in zip(of_next.double(), lengths, strict=True)]
 
 
