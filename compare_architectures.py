@@ -22,14 +22,14 @@ import os
 import shlex
 import sys
 from datetime import datetime
-from pathlib import Path
 
 from comparison_analysis import analyse
+from comparison_folders import fresh_folder, token_count
 from comparison_html import write_html
 from comparison_plots import draw_curves
 from comparison_ranking import COLUMN, rank
 from comparison_report import show, write_csv, write_markdown, write_pairs
-from comparison_runs import find_runs
+from comparison_runs import find_runs, prompt_problems
 from user_errors import Parser, UserError, did_you_mean, exit_on_user_error
 
 PIPE_WIDTH = 160  # columns when the output goes to a file or a pipe, so that every run keeps to one line
@@ -62,18 +62,6 @@ def parse_arguments(argv=None):
     return arguments
 
 
-def token_count(text):
-    """'100M' -> 100_000_000; k, M, B and T are thousands, millions, billions and trillions."""
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}.get(text[-1:].lower(), 1)
-    try:
-        tokens = round(float((text[:-1] if scale > 1 else text).replace("_", "")) * scale)
-    except (ValueError, OverflowError):
-        raise UserError(f"--at_tokens={text} must be a number of tokens, such as 100M or 5e6") from None
-    if tokens < 1:
-        raise UserError(f"--at_tokens={text} must be at least 1")
-    return tokens
-
-
 @exit_on_user_error
 def main(argv=None):
     arguments = parse_arguments(argv)
@@ -81,6 +69,7 @@ def main(argv=None):
     rankings = rank(runs, arguments.sort, arguments.at_tokens)
     analyses = [analyse(ranking, arguments.to_loss) for ranking in rankings]
     add_new(problems, [f"{run.name}: {trouble}" for run in runs for trouble in run.problems])
+    add_new(problems, [trouble for ranking in rankings for trouble in prompt_problems(ranking.runs)])
     folder = fresh_folder(arguments.out_dir or f"comparisons/{datetime.now():%Y-%m-%d_%H%M%S}")
     write_csv(rankings, analyses, folder / "summary_table.csv")
     write_pairs(rankings, folder / "pairs.csv")
@@ -130,22 +119,6 @@ def make_console():
         sys.stdout.reconfigure(errors="replace")
     is_sized = sys.stdout.isatty() or os.environ.get("COLUMNS")
     return Console(width=None if is_sized else PIPE_WIDTH, highlight=False, markup=False, emoji=False)
-
-
-def fresh_folder(path):
-    """Create `path`, or path-2, path-3, ... where it holds something already. Nothing is ever written over."""
-    path = Path(path)
-    for number in range(1, 10_000):
-        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if folder.is_dir() and not any(folder.iterdir()):
-                return folder
-        except OSError as error:
-            raise UserError(f"--out_dir={path} cannot be written: {error.strerror or error}") from None
-    raise UserError(f"--out_dir={path} and its next 9,999 names are taken; choose another")
 
 
 if __name__ == "__main__":

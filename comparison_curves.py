@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from comparison_runs import number
+from comparison_runs import number, prompt_score
 from comparison_stats import estimate, first_crossing, kendall_tau
 
 AXES = ("tokens", "FLOPs", "hours", "joules")  # what a curve can be drawn against and a loss can cost
@@ -97,6 +97,7 @@ def held_run(run, place):
     }  # fmt: skip
     held = dataclasses.replace(run, values=values, status="finished", held_at=place)
     held.evaluations, held.log_disagreement = rows, run.log_disagreement
+    held.prompts, values["prompt_score"] = prompt_score(run.folder, values["steps"])
     return held
 
 

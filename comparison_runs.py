@@ -63,6 +63,7 @@ class Run:
     summary: dict = field(default_factory=dict)  # summary.json as it is
     problems: list = field(default_factory=list)  # what was wrong with its files, a line each
     held_at: int | None = None  # the token count that `values` are of, when that is not the end
+    prompts: tuple | None = None  # what its prompt score depends on: file, its sha256, decoding; and the step it is of
 
     def get(self, *path, default=None):
         """A value of config.json by its path, e.g. run.get('dataset', 'fingerprint')."""
@@ -306,6 +307,8 @@ def load_run(folder):
         steps = f" ({count} non-finite steps)" if count else ""
         what = {"final_val_loss": "final validation loss"}.get(run.ranked_by, run.ranked_by)
         problems.append(f"its {what} is not a finite number{steps}; it is not ranked")
+    run.prompts, score = prompt_score(folder)
+    run.values["prompt_score"] = score
     return run, problems
 
 
@@ -333,6 +336,42 @@ def table_values(run, summary):
     ):  # fmt: skip
         values[name] = number(summary.get(name))
     return values
+
+
+def prompt_score(folder, step=None):
+    """((what was asked, how, step), score) of the line that evaluate.py appended last to a run's evals.jsonl.
+
+    Of the checkpoint at `step`, else of the latest that has a line. (None, None) where there is no such line; one that
+    was cut off is left out.
+    """
+    try:
+        rows = [parse_row(line) for line in (Path(folder) / "evals.jsonl").read_bytes().splitlines()]
+    except OSError:
+        return None, None
+    rows = [row for row in rows if row and row.get("kind") == "prompts" and number(row.get("score")) is not None]
+    rows = [row for row in rows if step in (None, row["step"])]
+    if not rows:
+        return None, None
+    last_step = max(row["step"] for row in rows)
+    row = [row for row in rows if row["step"] == last_step][-1]
+    asked = f"{dig(row, 'prompt_file', 'name')} (sha256 {short(dig(row, 'prompt_file', 'sha256'))})"
+    return (asked, key_of(row.get("decoding")), last_step), number(row["score"])
+
+
+def prompt_problems(runs):
+    """Lines on prompt scores that cannot be held against each other, or are not of the end of a run."""
+    asked = [run for run in runs if run.prompts]
+    problems = [
+        f"{run.name}: its prompt score is of step {run.prompts[2]}, not of its last, {run.values['steps']}"
+        for run in asked
+        if run.values["steps"] is not None and run.prompts[2] != run.values["steps"]
+    ]
+    for index, what in enumerate(("prompt files", "settings of decoding")):
+        different = list(dict.fromkeys(run.prompts[index] for run in asked))
+        if len(different) > 1:
+            names = f": {' and '.join(different[:2])}" if index == 0 else ""
+            problems.append(f"prompt scores are of different {what}{names}; they cannot be held against each other")
+    return problems
 
 
 # -- metrics.jsonl

@@ -332,11 +332,14 @@ class ConfigurableGPT(nn.Module):
         return self.config.block_size if grows or self.position_embedding is not None else None
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True):
+    def generate(
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True, stop=None
+    ):
         """idx (B, T) -> (B, T + max_new_tokens), sampled token by token.
 
         When the context is full, its older half is forgotten and the rest read again, with a cache or without, so that
-        both give the same tokens. temperature=0 takes the likeliest token.
+        both give the same tokens. temperature=0 takes the likeliest token. `stop` takes what is there after each token,
+        (B, T + n), and ends it early where it says True.
         """
         self._require_causal()
         was_training = self.training
@@ -355,6 +358,8 @@ class ConfigurableGPT(nn.Module):
             logits = logits[:, -1] if logits.dim() == 3 else logits
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
             idx, context = torch.cat((idx, token), dim=1), torch.cat((context, token), dim=1)
+            if stop is not None and stop(idx):
+                break
         self.train(was_training)
         return idx
 

@@ -6,7 +6,7 @@ import pytest
 
 from comparison_audit import audit
 from comparison_helpers import make_run, write_json
-from comparison_runs import find_runs, load_run, number, read_metrics
+from comparison_runs import find_runs, load_run, number, prompt_problems, prompt_score, read_metrics
 from user_errors import UserError
 
 
@@ -188,3 +188,33 @@ def test_metrics_are_not_read_for_a_finished_run(tmp_path):
     folder = make_run(tmp_path, "a")
     (folder / "metrics.jsonl").write_bytes(b"\xff not read")
     assert load_run(folder)[1] == []
+
+
+# -- prompt scores
+
+
+def line_of(step, score, seed=1, sha="a" * 64, kind="prompts"):
+    asked = {"prompt_file": {"name": "p.json", "sha256": sha}, "decoding": {"seed": seed}}
+    return json.dumps({"kind": kind, "step": step, "score": score, **asked}) + "\n"
+
+
+def test_the_prompt_score_is_of_the_last_line_about_the_latest_checkpoint(tmp_path):
+    folder = make_run(tmp_path, "a")
+    assert load_run(folder)[0].values["prompt_score"] is None
+    lines = [line_of(100, 0.1), line_of(100, 0.2), line_of(50, 0.9), line_of(100, 0.7, kind="other"), '{"cut of']
+    (folder / "evals.jsonl").write_text("".join(lines), encoding="utf-8")
+    run, problems = load_run(folder)
+    assert run.values["prompt_score"] == 0.2 and not problems and not prompt_problems([run])
+    assert prompt_score(folder, 50)[1] == 0.9 and prompt_score(folder, 60) == (None, None)
+
+
+def test_prompt_scores_that_cannot_be_compared_are_told(tmp_path):
+    runs = []
+    for name, line in (("a", line_of(100, 0.1)), ("b", line_of(100, 0.1, 2)), ("c", line_of(50, 0.1, sha="b" * 64))):
+        folder = make_run(tmp_path, name)
+        (folder / "evals.jsonl").write_text(line, encoding="utf-8")
+        runs.append(load_run(folder)[0])
+    assert prompt_problems(runs[:1]) == []
+    assert ["different settings of decoding" in line for line in prompt_problems(runs[:2])] == [True]
+    step, files = prompt_problems([runs[0], runs[2]])
+    assert step == "c: its prompt score is of step 50, not of its last, 100" and "different prompt files" in files

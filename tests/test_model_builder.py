@@ -255,6 +255,13 @@ def test_greedy_generation_takes_the_likeliest_token_each_time(tiny):
     assert torch.equal(text[:, 4:], likeliest[:, 3:])
 
 
+def test_generation_ends_where_it_is_told_to(tiny):
+    model, idx = scrambled(ConfigurableGPT(tiny())), tokens(2, 4)
+    text = model.generate(idx, 12, temperature=0)
+    assert torch.equal(model.generate(idx, 12, temperature=0, stop=lambda out: out.size(1) == 9), text[:, :9])
+    assert torch.equal(model.generate(idx, 12, temperature=0, stop=lambda out: False), text)
+
+
 def test_a_full_context_forgets_its_older_half(tiny):
     model, idx = scrambled(ConfigurableGPT(tiny())), tokens(1, 16)
     text = model.generate(idx, 2, temperature=0)

@@ -1,0 +1,49 @@
+"""One number in groups, a panel for each way of grouping and a line for each run, side by side.
+
+draw_groups({'gpt2': {'recall': {'seen': 1.2, 'new': 3.4}}, 'mamba': ...}, 'loss, nats per token', path)
+"""
+
+import math
+import warnings
+
+from comparison_plots import LINE_STYLES, MAX_CURVES, PALETTE, STYLE
+
+
+def draw_groups(values, y_label, path):
+    """Write a figure of {label: {panel: {group: number or None}}}; the first 12 labels are drawn.
+
+    Panels and groups stand in the order in which they first appear; a group that a label lacks is a gap.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = list(values)[:MAX_CURVES]
+    panels = list(dict.fromkeys(panel for label in labels for panel in values[label]))
+    columns = max(1, min(len(labels), 160 // (max(map(len, labels)) + 5)))
+    height = 4.4 + 0.21 * math.ceil(len(labels) / columns)
+    with plt.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name may hold letters that the font lacks
+        figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), height), squeeze=False, sharey=True,
+                                    layout="constrained")  # fmt: skip
+        for axis, panel in zip(axes[0], panels, strict=True):
+            handles = draw_panel(axis, {label: values[label].get(panel, {}) for label in labels})
+            axis.set_title(panel)
+        axes[0][0].set_ylabel(y_label)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def draw_panel(axis, values):
+    """Lines of {label: {group: number or None}} over the groups; returns their handles."""
+    groups = list(dict.fromkeys(group for each in values.values() for group in each))
+    handles = []
+    for index, each in enumerate(values.values()):
+        y = [math.nan if each.get(group) is None else each[group] for group in groups]
+        style = LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
+        handles += axis.plot(range(len(groups)), y, marker="o", markersize=4, color=PALETTE[index % len(PALETTE)],
+                             linestyle=style)  # fmt: skip
+    axis.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
+    return handles
