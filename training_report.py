@@ -2,7 +2,7 @@
 
 import model_matching as matching
 from model_flops import CONVENTION, active_parameters, linear_flops, state_bytes, training_memory_bytes
-from training_parallel import DTYPES
+from training_parallel import DTYPES, bytes_held, mode
 
 # ---- numbers for people ----------------------------------------------------------------------------------------------
 
@@ -121,6 +121,8 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
     steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
     tokens, train_tokens, val_tokens = steps * tokens_per_step, len(dataset.train), len(dataset.val)
     memory = training_memory_bytes(model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements)
+    memory = bytes_held(memory, place, config)
+    ranks = f"{mode(config, place)}, " if place.world_size > 1 else ""
     at_half = flops.training * tokens / (peak.flops_per_second * place.world_size / 2)
     kernels = ", ".join(f"{part} {kernel}" for part, kernel in resolved["kernels"].items())
     rows = [
@@ -136,7 +138,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
         ("run", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / train_tokens:.2f} epochs, "
                 f"{human_count(flops.training * tokens)}FLOP"),
         ("device", f"{place.world_size} x {resolved['device_name']}, {place.precision}, "
-                   f"compile {resolved['compile']}, {kernels}"),
+                   f"{ranks}compile {resolved['compile']}, {kernels}"),
         ("peak", f"{human_count(peak.flops_per_second)}FLOP/s, {peak.source}; "
                  f"at half of it the run takes {human_seconds(at_half)}"),
         ("memory", f"about {human_bytes(sum(memory.values()))}: "
@@ -149,6 +151,9 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
         ends = f"{human_count(schedule[0])} to {human_count(schedule[-1])}"
         rows.append(("checkpoints", f"at {len(schedule)} token counts, {ends}"))
     rows += [("note", f"{name}={value!r} is read by no chosen part") for name, value in unused.items()]
+    alone = [name for name in ("use_fsdp", "use_zero1") if getattr(config, name) and place.world_size == 1]
+    rows += [("note", f"{name}=True has one process and nothing to shard over; start it with torchrun "
+                      "--nproc_per_node=N") for name in alone]  # fmt: skip
     if config.warmup_iters >= steps:
         rows.append(("note", f"warmup_iters={config.warmup_iters} outlasts the run: learning_rate is never reached"))
     return "\n".join([*architecture_tree(model, flops), "", *(f"{name:<12} {text}" for name, text in rows)])
