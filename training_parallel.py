@@ -361,7 +361,7 @@ def _own_part(optimizer):
 
 
 def _is_main():
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def gather_weights(objective):
