@@ -204,11 +204,13 @@ def distributed_optimizers(optimizers, model, place, config):
     return shared_out
 
 
+SPREAD = {"alone": (), "DDP": (), "ZeRO-1": ("optimizer",), "FSDP2": ("weights", "gradients", "optimizer")}
+
+
 def bytes_held(memory, place, config):
     """{'weights': bytes, ...} of a whole model -> those that stay on one rank between steps."""
-    n, held = place.world_size, {"alone": (), "DDP": (), "ZeRO-1": ("optimizer",)}
-    sharded = held.get(mode(config, place), ("weights", "gradients", "optimizer"))
-    return {name: size / n if name in sharded else size for name, size in memory.items()}
+    spread = SPREAD[mode(config, place)]
+    return {name: size / place.world_size if name in spread else size for name, size in memory.items()}
 
 
 def checkpoint_activations(model, config):
@@ -311,21 +313,25 @@ def whole_weights(model):
 
 
 def whole_state(optimizer):
-    """{parameter name: {'exp_avg': tensor, ...}}, tensors whole, for rank 0; {} for others. All call it together."""
-    state, found = _own_part(optimizer).state, {}
-    is_partitioned = _own_part(optimizer) is not optimizer  # each rank holds other parameters' state
+    """{parameter name: {'exp_avg': tensor, ...}}, whole and on the CPU, for rank 0; {} for others. All call it."""
+    own, found = _own_part(optimizer), {}
+    is_shared_out = own is not optimizer
     for name, parameter in _named(optimizer):
-        if parameter in state:
-            full = {key: whole(value) for key, value in state[parameter].items()}
-            if _is_main() or is_partitioned:
-                found[name] = full
-    if not is_partitioned:
-        return found
-    host = {name: {key: value.cpu() if torch.is_tensor(value) else value for key, value in values.items()}
-            for name, values in found.items()}  # fmt: skip
-    parts = [None] * dist.get_world_size() if _is_main() else None
-    dist.gather_object(host, parts)
-    merged = {name: values for part in parts or () for name, values in part.items()}
+        if parameter in own.state:
+            full = {key: whole(value) for key, value in own.state[parameter].items()}
+            if _is_main() or is_shared_out:  # one parameter at a time is whole on a device
+                found[name] = {key: value.cpu() if torch.is_tensor(value) else value for key, value in full.items()}
+    return _merged(optimizer, found) if is_shared_out else found
+
+
+def _merged(optimizer, found):
+    """Every rank's {name: state} as one, for rank 0; they pass by one rank's at a time."""
+    merged = {}
+    for source in range(dist.get_world_size()):
+        part = [found if dist.get_rank() == source else None]
+        dist.broadcast_object_list(part, src=source)
+        if _is_main():
+            merged |= part[0]
     return {name: merged[name] for name, _ in _named(optimizer) if name in merged}
 
 
