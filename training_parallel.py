@@ -213,13 +213,18 @@ def bytes_held(memory, place, config):
     return {name: size / place.world_size if name in spread else size for name, size in memory.items()}
 
 
+def recomputed(blocks, config):
+    """Those of the blocks whose activations are computed again in backward."""
+    every = {"none": len(blocks) + 1, "full": 1, "selective": 2}[config.gradient_checkpointing]
+    return blocks[every - 1 :: every]
+
+
 def checkpoint_activations(model, config):
     """Make every block, or with 'selective' every second one, keep its input alone and compute the rest again.
 
     Parameters and their names stay. Chen et al. 2016, section 3.
     """
-    every = {"none": 0, "full": 1, "selective": 2}[config.gradient_checkpointing]
-    for block in model.blocks[::every] if every else ():
+    for block in recomputed(model.blocks, config):
         block.forward = functools.partial(_computed_again, block.forward)
 
 

@@ -2,7 +2,7 @@
 
 import model_matching as matching
 from model_flops import CONVENTION, active_parameters, linear_flops, state_bytes, training_memory_bytes
-from training_parallel import DTYPES, bytes_held, mode
+from training_parallel import DTYPES, bytes_held, mode, recomputed
 
 # ---- numbers for people ----------------------------------------------------------------------------------------------
 
@@ -120,7 +120,10 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, unuse
     config, block_size = settings.train, settings.model.block_size
     steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
     tokens, train_tokens, val_tokens = steps * tokens_per_step, len(dataset.train), len(dataset.val)
-    memory = training_memory_bytes(model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements)
+    n_recomputed = len(recomputed(model.blocks, config))
+    memory = training_memory_bytes(
+        model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements, n_recomputed
+    )
     memory = bytes_held(memory, place, config)
     ranks = f"{mode(config, place)}, " if place.world_size > 1 else ""
     at_half = flops.training * tokens / (peak.flops_per_second * place.world_size / 2)

@@ -95,7 +95,7 @@ def launch(shop, commands):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py",
          "commands.json"],
         cwd=shop.folder, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, encoding="utf-8",
-        timeout=100,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -387,6 +387,11 @@ def test_a_run_that_recomputes_logs_the_same(workshop):
     settings = (*MOE, "--n_layer=2", "--dropout=0.2", "--gradient_accumulation_steps=2")
     plain, again = workshop.run(*settings), workshop.run(*settings, "--gradient_checkpointing=full")
     assert_same_run(plain, again, 8)
+
+
+@pytest.mark.parametrize("way, which", [("none", ""), ("full", "abcd"), ("selective", "bd")])
+def test_which_blocks_are_computed_again(way, which):
+    assert parallel.recomputed("abcd", TrainConfig(gradient_checkpointing=way)) == which
 
 
 @pytest.mark.parametrize("way, most", [("full", 0.35), ("selective", 0.7)])
