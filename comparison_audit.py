@@ -93,6 +93,9 @@ CHECKS = (
     Check("world size", "warns", SLOWER, lambda run: run.get("resolved", "world_size"), (SPEED,)),
     Check("threads", "warns", SLOWER, lambda run: run.get("resolved", "threads"), (SPEED,)),
     Check("compile", "warns", SLOWER, lambda run: run.get("resolved", "compile"), (SPEED,)),
+    Check("parallel mode", "warns", SLOWER, lambda run: run.get("resolved", "parallel"), (SPEED,)),
+    Check("gradient checkpointing", "warns", SLOWER,
+          lambda run: run.get("training_config", "gradient_checkpointing", default="none"), (SPEED,)),
     Check("torch", "note", "speed and rounding may differ", lambda run: run.get("versions", "torch")),
     Check("python", "note", "speed and rounding may differ", lambda run: run.get("versions", "python")),
     Check("numpy", "note", "speed and rounding may differ", lambda run: run.get("versions", "numpy")),
@@ -285,9 +288,10 @@ def chosen(session, section, names):
     return {name: table[name] for name in names if name in table}
 
 
+SPEED_SETTINGS = ("device_name", "world_size", "parallel", "threads", "compile", "kernels")
 SESSION_TABLES = (
     ((LOSS, SPEED), training_settings),
-    ((SPEED,), lambda each: chosen(each, "resolved", ("device_name", "world_size", "threads", "compile", "kernels"))),
+    ((SPEED,), lambda each: chosen(each, "resolved", SPEED_SETTINGS)),
     ((), lambda each: {name: short(value) for name, value in
                        (chosen(each, "git", ("commit",)) | chosen(each, "versions", ("torch", "numpy"))).items()}),
 )  # fmt: skip

@@ -35,7 +35,8 @@ BOOKKEEPING = {
     "prefetch_batches", "loss_chunk_elements", "kernel_backend", "max_non_finite_steps", "threads", "eval_interval",
     "eval_only", "sample_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "layer_stats_interval",
     "tensorboard", "wandb_log", "wandb_project", "wandb_run_name", "plot", "pseudo_perplexity_tokens",
-    "pseudo_perplexity_always", "tuning_runs", "tuning_tokens",
+    "pseudo_perplexity_always", "tuning_runs", "tuning_tokens", "use_fsdp", "use_zero1", "fsdp_reshard_after_forward",
+    "gradient_checkpointing",
 }  # fmt: skip
 # Settings that the audit compares as what they resolve to: 'auto' and 'cpu' may be the same device.
 RESOLVED = {

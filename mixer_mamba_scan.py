@@ -258,7 +258,7 @@ class ChunkedSSD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_last):
-        with torch.autocast(ctx.saved_tensors[0].device.type, ctx.autocast[1], ctx.autocast[0]):
+        with torch.autocast(grad.device.type, ctx.autocast[1], ctx.autocast[0]):
             return ChunkedSSD.gradients(ctx, grad, grad_last)
 
     @staticmethod

@@ -98,7 +98,6 @@ def train(arguments, closing):
         saved = checkpoint.load_training_state(saved_at)
         if saved["stream"] != stream.initial_hash:
             raise UserError(f"run '{folder.name}' was trained on other tokens than {dataset.folder} has; restore those")
-        checkpoint.restore_optimizers(optimizers, saved["optimizers"], saved_at)
         scaler.load_state_dict(saved["scaler"])
         ledger.restore(saved["ledger"], logging.read_metrics(folder / "metrics.jsonl"))
         if ledger.step >= total_steps and not config.eval_only:
@@ -107,18 +106,23 @@ def train(arguments, closing):
     else:
         folder = logging.new_run_folder(settings, dataset.name)
 
-    # ---- compile, then distribute ------------------------------------------------------------------------------------
+    # ---- recompute, compile, distribute ------------------------------------------------------------------------------
+    parallel.checkpoint_activations(model, config)
     module, compiled = objective, "off"
     if parallel.wants_compile(config, place):
         example = objective.prepare(stream.batches(0, 0, 1, config.batch_size)[0], config.seed)
-        module, compiled = parallel.compile_module(objective, example, place)
-    module = parallel.wrap(module, place)
+        module, compiled = parallel.compile_module(objective, example, place, parallel.is_sharded(config, place))
+    module = parallel.wrap(objective, module, place, config)
+    optimizers = parallel.distributed_optimizers(optimizers, model, place, config)
+    if is_resumed:
+        checkpoint.restore_optimizers(optimizers, saved["optimizers"], saved_at)
 
     # ---- say what is about to happen ---------------------------------------------------------------------------------
     peak = hardware_peak(place.device, place.precision)
     resolved = {
         "device": str(place.device), "device_name": place.device_name(), "world_size": place.world_size,
-        "dtype": place.dtype, "tf32": place.tf32, "compile": compiled, "threads": torch.get_num_threads(),
+        "parallel": parallel.mode(config, place), "dtype": place.dtype, "tf32": place.tf32, "compile": compiled,
+        "threads": torch.get_num_threads(),
         "kernels": chosen_kernels, "kernels_not_taken": chosen_kernels.not_taken, "max_iters": total_steps,
         "scoring": objective.scoring(),
         "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second,
@@ -150,13 +154,14 @@ def train(arguments, closing):
     def save():
         """Write the checkpoint of this step, unless it exists."""
         random_states = parallel.gather(checkpoint.random_state(place.device), place)
+        weights, optimizer_states = parallel.whole_weights(model), checkpoint.optimizer_state(optimizers)
         if place.is_main and not (folder / f"checkpoint-{ledger.step}").exists():
             state = {
-                "ledger": ledger.state(), "optimizers": checkpoint.optimizer_state(optimizers),
+                "ledger": ledger.state(), "optimizers": optimizer_states,
                 "scaler": scaler.state_dict(), "stream": stream.initial_hash, "random_states": random_states,
             }  # fmt: skip
             metadata = logging.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
-            checkpoint.save_checkpoint(folder, model, state, metadata)
+            checkpoint.save_checkpoint(folder, weights, state, metadata)
             saved_steps = {step for step, _ in checkpoint.list_checkpoints(folder)}
             checkpoint.prune(folder, config.keep_checkpoints, {ledger.best(saved_steps).get("step"), *due})
 
@@ -283,6 +288,7 @@ def train(arguments, closing):
         return log.say(f"stopped by {who} at step {ledger.step}; continue with {how}")
     ledger.status = "finished"
     if config.sample_tokens:
+        parallel.gather_weights(objective)
         log.sample(model, dataset, config.sample_tokens, config.seed)
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from training_config import scheduled_counts
+from training_parallel import restore_state, unique_tensors, whole_state
 from user_errors import UserError
 
 FORMAT = 1
@@ -105,18 +106,18 @@ def write_json(path, value):
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("utf-8"))
 
 
-def save_checkpoint(run_folder, model, training_state, metadata):
+def save_checkpoint(run_folder, tensors, training_state, metadata):
     """Write `checkpoint-<step>` under a temporary name, sync it, rename it: a folder that exists is whole.
 
     Args:
-        model: the bare ConfigurableGPT.
+        tensors: `whole_weights` of the bare ConfigurableGPT.
         training_state: of tensors, numbers, strings, lists and dicts, so that it loads with weights_only=True.
         metadata: JSON-ready; `global_step` names the folder, checksums are added here.
 
     Raises:
         UserError: the disk does not take it; the checkpoints before it stay.
     """
-    target, tensors = Path(run_folder) / f"checkpoint-{metadata['global_step']}", model_tensors(model)
+    target = Path(run_folder) / f"checkpoint-{metadata['global_step']}"
     for leftover in target.parent.glob(".checkpoint-*.tmp"):  # of a process that was killed while it saved
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.tmp")
@@ -155,23 +156,12 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def model_tensors(model):
-    """{name: contiguous CPU tensor}, a tied tensor once, under its first name."""
-    seen, tensors = set(), {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.detach().cpu().contiguous()
-    return tensors
-
-
 def optimizer_state(optimizers):
-    """[{parameter name: {'exp_avg': tensor, ...}}] per optimizer: names survive a change of grouping or of ranks."""
-    return [
-        {name: dict(optimizer.state[parameter]) for group in optimizer.param_groups
-         for name, parameter in zip(group["names"], group["params"], strict=True) if parameter in optimizer.state}
-        for optimizer in optimizers
-    ]  # fmt: skip
+    """[{parameter name: {'exp_avg': tensor, ...}}] per optimizer: names survive a change of grouping or of ranks.
+
+    Every rank calls it; rank 0 gets it.
+    """
+    return [whole_state(optimizer) for optimizer in optimizers]
 
 
 def prune(run_folder, keep, always_keep=()):
@@ -269,7 +259,7 @@ def load_model(model, folder):
                 f"checkpoint {folder} is of another architecture: {name} is {tuple(tensors[name].shape)} there "
                 f"and {tuple(own[name].shape)} here"
             )
-    expected = set(model_tensors(model))
+    expected = set(unique_tensors(model))
     if expected != set(tensors):
         odd = sorted(expected ^ set(tensors))[0]
         raise UserError(f"checkpoint {folder} is of another architecture: {odd} is in one and not in the other")
@@ -289,13 +279,7 @@ def restore_optimizers(optimizers, saved, folder):
     if len(saved) != len(optimizers):
         raise UserError(f"{folder} was trained with another optimizer; resume with the one it had")
     for optimizer, states in zip(optimizers, saved, strict=True):
-        for group in optimizer.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                if name in states:
-                    optimizer.state[parameter] = {
-                        key: value.to(parameter.device) if torch.is_tensor(value) else value
-                        for key, value in states[name].items()
-                    }
+        restore_state(optimizer, states)
 
 
 def random_state(device):

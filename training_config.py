@@ -78,6 +78,13 @@ class TrainConfig:
     compile: bool | str = "auto"  # torch.compile; auto is on for CUDA and off elsewhere
     kernel_backend: str = "auto"  # auto: what passes a check at start; plain; or one: triton, mamba_ssm, fla, onednn
     threads: int = 0  # CPU threads; 0 leaves torch's choice
+    gradient_checkpointing: str = "none"  # full: each block is computed again in backward; selective: each second
+
+    # -- several processes, started by torchrun
+    use_zero1: bool = False  # ZeRO-1: each rank keeps the optimizer's state of a part of the parameters
+    use_fsdp: bool = False  # FSDP2: weights, gradients and optimizer are sharded, and gathered a block at a time
+    fsdp_reshard_after_forward: bool = True  # free a block's weights until its backward; False gathers them once
+    fsdp_dtype: str = "float32"  # of gathered weights; bfloat16 halves the traffic and rounds norms and gates too
 
     # -- evaluation
     eval_interval: int = 250  # steps between evaluations; a few more come early, at halvings of this
@@ -296,6 +303,8 @@ def validate(config):
     choices = {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "compile": (True, False, "auto"),
+        "gradient_checkpointing": ("none", "full", "selective"),
+        "fsdp_dtype": ("float32", "bfloat16"),
         "eval_schedule": ("interval", "checkpoints"),
         "subsequent_epochs_spacing": ("log", "linear"),
     }
@@ -303,6 +312,8 @@ def validate(config):
         if getattr(config, name) not in allowed:
             value, words = getattr(config, name), [str(choice) for choice in allowed]
             raise UserError(f"{name}={value!r} must be one of {', '.join(words)}{did_you_mean(value, words)}")
+    if config.use_fsdp and config.use_zero1:
+        raise UserError("use_fsdp=True shards the optimizer's state already, as use_zero1=True would; keep one of them")
     _check_match(config)
     _check_schedule(config)
     if config.run_name is not None and (not config.run_name.strip(" .") or set(config.run_name) & set('/\\:*?"<>|')):

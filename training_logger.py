@@ -22,7 +22,7 @@ from configurator import save_sources
 from model_flops import active_parameters, mfu, parameters_by_group, state_bytes
 from training_checkpoint import write_atomically, write_json
 from training_ledger import own_scores
-from training_parallel import peak_memory_bytes
+from training_parallel import peak_memory_bytes, whole
 from training_report import human_count, human_seconds, printable
 from training_tokenizers import TOKENIZER_FILE
 from user_errors import UserError
@@ -412,7 +412,7 @@ def _norms_by_layer(named_tensors):
     for name, tensor in named_tensors:
         words = name.split(".")
         layer = ".".join(words[:3] if words[0] == "blocks" else words[:1])
-        squares[layer] = squares.get(layer, 0.0) + tensor.detach().float().square().sum()
+        squares[layer] = squares.get(layer, 0.0) + whole(tensor.detach().float().square().sum())
     return dict(zip(squares, torch.stack(list(squares.values())).sqrt().tolist(), strict=True))
 
 

@@ -9,6 +9,7 @@ import math
 import torch
 
 from registry import Registry
+from training_parallel import whole
 from user_errors import UserError
 
 OPTIMIZER_REGISTRY = Registry("optimizer", of="train")
@@ -164,7 +165,8 @@ def build_schedule(config, total_steps):
 
 def clip_gradients(parameters, max_norm):
     """Scale gradients so that their global norm is at most max_norm (0: leave them), and return the norm before."""
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     # On a CPU looking at the norm is free and a pass over all gradients is not; a GPU would have to be waited for.
     if max_norm and not (norm.device.type == "cpu" and norm <= max_norm):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

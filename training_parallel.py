@@ -5,12 +5,15 @@ function here does the obvious thing.
 """
 
 import contextlib
+import functools
+import inspect
 import os
 import platform
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from user_errors import UserError
 
@@ -136,12 +139,99 @@ def _processor_name():
 # ---- wrapping --------------------------------------------------------------------------------------------------------
 
 
-def wrap(module, place):
-    """The module ready for the job: DistributedDataParallel where there are several ranks."""
+def mode(config, place):
+    """How the ranks share a step: 'alone', 'DDP', 'ZeRO-1' or 'FSDP2'."""
+    if place.world_size == 1:
+        return "alone"
+    return "FSDP2" if config.use_fsdp else "ZeRO-1" if config.use_zero1 else "DDP"
+
+
+def is_sharded(config, place):
+    """Whether a model's weights are spread over the ranks."""
+    return mode(config, place) == "FSDP2"
+
+
+def wrap(objective, module, place, config):
+    """The module ready for the job, in the mode that the config asks for.
+
+    Names of parameters stay; `distributed_optimizers` has to follow.
+
+    Args:
+        objective: over a whole model on this rank's device. module: it, or it compiled.
+    """
     if place.world_size == 1:
         return module
+    if is_sharded(config, place):
+        return _shard(objective, place, config)
     device_ids = [place.device.index] if place.device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+
+
+def _shard(objective, place, config):
+    """FSDP2 (Zhao et al. 2023, in torch's second form): every block a unit, and one of all that is outside blocks.
+
+    Weights are gathered in float32 and autocast decides the precision of products, as in every other mode, unless
+    fsdp_dtype says otherwise. Gradients are averaged in float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh(place.device.type, (place.world_size,))
+    precision = MixedPrecisionPolicy(param_dtype=DTYPES[config.fsdp_dtype], reduce_dtype=torch.float32)
+    for block in objective.model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=config.fsdp_reshard_after_forward)
+    return fully_shard(objective, mesh=mesh, mp_policy=precision)
+
+
+def distributed_optimizers(optimizers, model, place, config):
+    """The optimizers, which have no state yet, for the model as `wrap` left it.
+
+    FSDP2 put parameters of its own in the place of those that they were built with. ZeRO-1 (Rajbhandari et al. 2020,
+    section 5.1) shares the parameters out: each is stepped, and its state kept, on one rank.
+    """
+    if is_sharded(config, place):
+        parameters = dict(model.named_parameters())
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["params"] = [parameters[name] for name in group["names"]]
+    if mode(config, place) != "ZeRO-1":
+        return optimizers
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    shared_out = []
+    for optimizer in optimizers:
+        taken = inspect.signature(type(optimizer)).parameters
+        settings = {name: value for name, value in optimizer.defaults.items() if name in taken}
+        shared_out.append(ZeroRedundancyOptimizer(optimizer.param_groups, type(optimizer), **settings))
+    return shared_out
+
+
+SPREAD = {"alone": (), "DDP": (), "ZeRO-1": ("optimizer",), "FSDP2": ("weights", "gradients", "optimizer")}
+
+
+def bytes_held(memory, place, config):
+    """{'weights': bytes, ...} of a whole model -> those that stay on one rank between steps."""
+    spread = SPREAD[mode(config, place)]
+    return {name: size / place.world_size if name in spread else size for name, size in memory.items()}
+
+
+def recomputed(blocks, config):
+    """Those of the blocks whose activations are computed again in backward."""
+    every = {"none": len(blocks) + 1, "full": 1, "selective": 2}[config.gradient_checkpointing]
+    return blocks[every - 1 :: every]
+
+
+def checkpoint_activations(model, config):
+    """Make every block, or with 'selective' every second one, keep its input alone and compute the rest again.
+
+    Parameters and their names stay. Chen et al. 2016, section 3.
+    """
+    for block in recomputed(model.blocks, config):
+        block.forward = functools.partial(_computed_again, block.forward)
+
+
+def _computed_again(forward, *inputs):
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False)
 
 
 def gradient_sync(module, is_last):
@@ -155,8 +245,10 @@ def wants_compile(config, place):
     return place.device.type == "cuda" if config.compile == "auto" else config.compile
 
 
-def compile_module(module, example_batch, place):
+def compile_module(module, example_batch, place, by_block=False):
     """(module to call, what happened): compiled and tried on one batch, or as it was when compiling fails.
+
+    by_block compiles each block in its place, for what is sharded by block afterwards.
 
     The trial runs forward and backward once, so that compiling stands apart from training; gradients and random state
     are put back as they were.
@@ -165,7 +257,9 @@ def compile_module(module, example_batch, place):
 
     try:
         with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
-            compiled = torch.compile(module)
+            compiled = module if by_block else torch.compile(module)
+            for block in module.model.blocks if by_block else ():
+                block.compile()
             with place.autocast():
                 sums = compiled({name: tensor.to(place.device) for name, tensor in example_batch.items()})
             sums["loss"].backward()
@@ -173,6 +267,8 @@ def compile_module(module, example_batch, place):
             torch.cuda.synchronize(place.device)
     except Exception as error:
         torch._dynamo.reset()
+        for block in module.model.blocks if by_block else ():
+            block._compiled_call_impl = None
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return module, f"off: torch.compile failed ({reason.strip()[:160]})"
     finally:
@@ -191,6 +287,100 @@ def memory_errors():
         raise UserError(
             "out of memory; lower batch_size and raise gradient_accumulation_steps by as much, or take a smaller model"
         ) from error
+
+
+# ---- whole tensors of sharded ones -----------------------------------------------------------------------------------
+
+
+def whole(tensor):
+    """A sharded tensor in full, which all ranks ask for together; any other value as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def unique_tensors(model):
+    """{name: tensor} of what a checkpoint holds, a tied tensor once, under its first name."""
+    named = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(named.items())}
+    return {name: tensor for name, tensor in named.items() if first[id(tensor)] == name}
+
+
+def whole_weights(model):
+    """{name: contiguous CPU tensor}, tied ones once; rank 0 gets them, {} the others. All ranks call it together.
+
+    One tensor at a time is whole on a device.
+    """
+    tensors = {}
+    for name, tensor in unique_tensors(model).items():
+        full = whole(tensor.detach())
+        if _is_main():
+            tensors[name] = full.cpu().contiguous()
+    return tensors
+
+
+def whole_state(optimizer):
+    """{parameter name: {'exp_avg': tensor, ...}}, whole and on the CPU, for rank 0; {} for others. All call it."""
+    own, found = _own_part(optimizer), {}
+    is_shared_out = own is not optimizer
+    for name, parameter in _named(optimizer):
+        if parameter in own.state:
+            full = {key: whole(value) for key, value in own.state[parameter].items()}
+            if _is_main() or is_shared_out:  # one parameter at a time is whole on a device
+                found[name] = {key: value.cpu() if torch.is_tensor(value) else value for key, value in full.items()}
+    return _merged(optimizer, found) if is_shared_out else found
+
+
+def _merged(optimizer, found):
+    """Every rank's {name: state} as one, for rank 0; they pass by one rank's at a time."""
+    merged = {}
+    for source in range(dist.get_world_size()):
+        part = [found if dist.get_rank() == source else None]
+        dist.broadcast_object_list(part, src=source)
+        if _is_main():
+            merged |= part[0]
+    return {name: merged[name] for name, _ in _named(optimizer) if name in merged}
+
+
+def restore_state(optimizer, states):
+    """Put what `whole_state` returned back, on each rank the part that it holds."""
+    own = _own_part(optimizer)
+    held = {id(parameter) for group in own.param_groups for parameter in group["params"]}
+    for name, parameter in _named(optimizer):
+        if name in states and id(parameter) in held:
+            own.state[parameter] = {key: _laid_out_as(parameter, value) for key, value in states[name].items()}
+
+
+def _laid_out_as(parameter, value):
+    """A whole tensor where the parameter's is, and sharded as it is where it has the parameter's shape."""
+    if not torch.is_tensor(value):
+        return value
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _named(optimizer):
+    """(name, parameter) of every group, in order."""
+    return [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+
+
+def _own_part(optimizer):
+    """The optimizer that this rank steps: of ZeRO-1 the one inside."""
+    return getattr(optimizer, "optim", optimizer)
+
+
+def _is_main():
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def gather_weights(objective):
+    """Make weights whole on every rank, to the end, so that one rank alone can generate. All call it together."""
+    for module in objective.modules():
+        if hasattr(module, "unshard"):
+            module.set_reshard_after_forward(False)
+            module.unshard()
 
 
 # ---- agreement over ranks --------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import model_matching as matching
 from model_flops import CONVENTION, active_parameters, linear_flops, state_bytes, training_memory_bytes
-from training_parallel import DTYPES
+from training_parallel import DTYPES, bytes_held, mode, recomputed
 
 # ---- numbers for people ----------------------------------------------------------------------------------------------
 
@@ -120,7 +120,12 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
     config, block_size = settings.train, settings.model.block_size
     steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
     tokens, train_tokens, val_tokens = steps * tokens_per_step, len(dataset.train), len(dataset.val)
-    memory = training_memory_bytes(model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements)
+    n_recomputed = len(recomputed(model.blocks, config))
+    memory = training_memory_bytes(
+        model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements, n_recomputed
+    )
+    memory = bytes_held(memory, place, config)
+    ranks = f"{mode(config, place)}, " if place.world_size > 1 else ""
     at_half = flops.training * tokens / (peak.flops_per_second * place.world_size / 2)
     kernels = ", ".join(f"{part} {kernel}" for part, kernel in resolved["kernels"].items())
     rows = [
@@ -136,7 +141,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
         ("run", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / train_tokens:.2f} epochs, "
                 f"{human_count(flops.training * tokens)}FLOP"),
         ("device", f"{place.world_size} x {resolved['device_name']}, {place.precision}, "
-                   f"compile {resolved['compile']}, {kernels}"),
+                   f"{ranks}compile {resolved['compile']}, {kernels}"),
         ("peak", f"{human_count(peak.flops_per_second)}FLOP/s, {peak.source}; "
                  f"at half of it the run takes {human_seconds(at_half)}"),
         ("memory", f"about {human_bytes(sum(memory.values()))}: "
@@ -152,6 +157,9 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
     if ":" in config.init_from and dataset.vocab_size != settings.model.vocab_size:
         sizes = f"{settings.model.vocab_size:,} tokens and this dataset has {dataset.vocab_size:,}"
         rows.append(("note", f"the source of the weights knows {sizes}: its embeddings mean other tokens here"))
+    alone = [name for name in ("use_fsdp", "use_zero1") if getattr(config, name) and place.world_size == 1]
+    rows += [("note", f"{name}=True has one process and nothing to shard over; start it with torchrun "
+                      "--nproc_per_node=N") for name in alone]  # fmt: skip
     if config.warmup_iters >= steps:
         rows.append(("note", f"warmup_iters={config.warmup_iters} outlasts the run: learning_rate is never reached"))
     return "\n".join([*architecture_tree(model, flops), "", *(f"{name:<12} {text}" for name, text in rows)])

@@ -57,6 +57,8 @@ SETTINGS = [
     ("--init_from=resme", ["init_from='resme' must be one of", "did you mean 'resume'"]),
     ("--dtype=fp16", ["dtype='fp16' must be one of auto, float32, bfloat16, float16"]),
     ("--dtype=bfloat", ["did you mean 'bfloat16'"]),
+    ("--gradient_checkpointing=all", ["gradient_checkpointing='all' must be one of none, full, selective"]),
+    ("--fsdp_dtype=float16", ["fsdp_dtype='float16' must be one of float32, bfloat16"]),
     ("--compile=yes", ["compile='yes' must be one of True, False, auto"]),
     # numbers
     ("--n_layer=0", ["n_layer=0 must be at least 1"]),

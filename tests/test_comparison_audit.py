@@ -41,6 +41,8 @@ AUDIT_CASES = [
     ("device", "warns", {"resolved__device_name": "another processor"}),
     ("world size", "warns", {"resolved__world_size": 2}),
     ("compile", "warns", {"resolved__compile": True}),
+    ("parallel mode", "warns", {"resolved__parallel": "FSDP2"}),
+    ("gradient checkpointing", "warns", {"gradient_checkpointing": "full"}),
     ("attention kernel", "warns", {"resolved__kernels": {"attention": "flex"}}),
     ("torch", "note", {"versions__torch": "2.11.0"}),
     ("python", "note", {"versions__python": "3.13.0"}),

@@ -120,6 +120,12 @@ def test_training_memory_holds_weights_gradients_and_two_moments(tiny):
     assert training_memory_bytes(model, 6)["activations"] == 2 * memory["activations"] > 0
 
 
+def test_a_layer_that_is_recomputed_keeps_its_input(tiny):
+    config = tiny(n_layer=4)
+    kept, again = (training_memory_bytes(ConfigurableGPT(config), 3, n_recomputed=n)["activations"] for n in (0, 3))
+    assert kept - again == 4 * 3 * config.block_size * config.n_embd * (16 * 3 - 3 - 16)
+
+
 # ---- hardware -------------------------------------------------------------------------------------------------------
 
 PEAKS = [  # (name as torch reports it, bfloat16, float16, tf32, float32): dense TFLOP/s of the data sheets

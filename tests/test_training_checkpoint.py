@@ -15,6 +15,7 @@ from training_checkpoint import checkpoint_steps, evaluation_steps, generated_co
 from training_config import TrainConfig
 from training_helpers import assert_same, files_in
 from training_optim import OPTIMIZER_REGISTRY
+from training_parallel import whole_weights
 from user_errors import UserError
 
 # ---- when -----------------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ STATE = {
 
 
 def save(folder, model, step=3, state=STATE):
-    return checkpoint.save_checkpoint(folder, model, state, {"global_step": step})
+    return checkpoint.save_checkpoint(folder, whole_weights(model), state, {"global_step": step})
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path, tiny, model):
@@ -415,11 +416,11 @@ def test_only_a_second_ctrl_c_leaves_at_once():
 
 
 def test_a_tied_tensor_under_an_alias_is_written_once(tmp_path):
-    # safetensors itself refuses aliased tensors: this is what `model_tensors` is for.
+    # safetensors itself refuses aliased tensors: this is what `whole_weights` is for.
     tensor = torch.ones(2, 2)
     with pytest.raises(RuntimeError):
         save_file({"a": tensor, "b": tensor}, tmp_path / "x.safetensors")
     twice = torch.nn.Module()
     twice.a = torch.nn.Parameter(tensor)
     twice.b = twice.a
-    assert set(checkpoint.model_tensors(twice)) == {"a"}
+    assert set(whole_weights(twice)) == {"a"}

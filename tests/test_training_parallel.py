@@ -10,7 +10,11 @@ import sys
 import pytest
 import torch
 
+import kernels
 import training_parallel as parallel
+from mixer_attention import MIXER_REGISTRY
+from model_builder import ConfigurableGPT
+from model_config import ModelArchitectureConfig
 from training_config import TrainConfig
 from training_helpers import (
     ROOT,
@@ -22,9 +26,11 @@ from training_helpers import (
     read_json,
     rows,
     summary,
+    training_state,
     weights,
     workshop,
 )
+from training_objectives import OBJECTIVE_REGISTRY
 from training_parallel import Place, find_place
 from user_errors import UserError
 
@@ -35,7 +41,7 @@ CPU = torch.device("cpu")
 # One launch of torchrun, because starting two ranks takes seconds: commands run one after another in its processes.
 # They join at the first command and part after the last, since torchrun's processes can join only once.
 DRIVER = """
-import json, sys
+import json, os, sys
 import torch.distributed as dist
 import train
 
@@ -51,6 +57,8 @@ for command in commands:
     except SystemExit as stop:
         print("left with", stop.code, flush=True)
 assert not dist.is_initialized()
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(0)  # once, after thirty runs in one process, threads of gloo aborted the interpreter's own exit
 """
 
 
@@ -81,6 +89,20 @@ ENCODER = (
 MOE = ("--ffn_type=moe", "--n_experts=4", "--load_balance_loss=0.1", "--router_bias_rate=0.01")
 
 
+def launch(shop, commands):
+    """What two ranks printed that went through the commands one after another."""
+    (shop.folder / "commands.json").write_text(json.dumps(commands))
+    (shop.folder / "driver.py").write_text(DRIVER)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py",
+         "commands.json"],
+        cwd=shop.folder, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, encoding="utf-8",
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def ranks(book, tmp_path_factory):
     """(Workshop, what was printed) after two ranks went through the commands."""
@@ -101,16 +123,7 @@ def ranks(book, tmp_path_factory):
     (shop.folder / "signalling.py").write_text(SIGNALLING)
     (shop.folder / "armed").touch()
     shop.run("--max_iters=1")  # prepares the data
-    (shop.folder / "commands.json").write_text(json.dumps(commands))
-    (shop.folder / "driver.py").write_text(DRIVER)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py",
-         "commands.json"],
-        cwd=shop.folder, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, encoding="utf-8",
-        timeout=100,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return shop, done.stdout + done.stderr
+    return shop, launch(shop, commands)
 
 
 def test_two_ranks_train_what_one_does(ranks, workshop):
@@ -182,6 +195,224 @@ def test_one_process_goes_on_with_what_two_ranks_saved(ranks, workshop):
     assert [session["resolved"]["world_size"] for session in read_json(folder / "config.json")["earlier_sessions"]] == [
         2
     ]
+
+
+# ---- modes: what is sharded ------------------------------------------------------------------------------------------
+
+KINDS = {
+    "transformer": ("--weight_tying=True", "--dropout=0.0"),
+    "moe": (*MOE, "--n_shared_experts=1"),
+    "mamba": ("--block_pattern=mamba",),
+    "lstm": ("--block_pattern=lstm",),
+    "muon": ("--optimizer=muon",),
+    "clipped": (*MOE, "--grad_clip=0.05", "--gradient_checkpointing=full", "--layer_stats_interval=2"),
+}
+MODES = {"DDP": (), "ZeRO-1": ("--use_zero1=True",), "FSDP2": ("--use_fsdp=True",)}
+STEPS = ("--n_layer=2", "--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4", "--warmup_iters=2",
+         "--lr_decay_iters=10")  # fmt: skip
+HALF = ("--dtype=float16", "--max_iters=8", "--z_loss=100.0")  # at which the scaler begins too high
+SHUFFLED = {
+    "ddp to zero1": ((), MODES["ZeRO-1"]),
+    "zero1 to fsdp": (MODES["ZeRO-1"], ("--use_zero1=False", "--use_fsdp=True")),
+    "fsdp to ddp": (MODES["FSDP2"], ("--use_fsdp=False",)),
+}
+
+
+@pytest.fixture(scope="module")
+def modes(book, tmp_path_factory):
+    """(Workshop, what was printed) after two ranks trained every kind in every mode."""
+    shop = Workshop(tmp_path_factory.mktemp("modes"), book)
+    commands = [
+        shop.command(*STEPS, *settings, *mode, name=f"{kind} {name}")
+        for kind, settings in KINDS.items() for name, mode in MODES.items()
+    ]  # fmt: skip
+    commands += [shop.command(*STEPS, *mode, *HALF, name=f"half {name}") for name, mode in MODES.items()]
+    commands += [
+        shop.command(
+            *STEPS, "--use_fsdp=True", "--fsdp_reshard_after_forward=False", "--sample_tokens=20", name="kept"
+        ),
+        shop.command(*STEPS, "--use_fsdp=True", "--fsdp_dtype=bfloat16", name="rounded"),
+        shop.command("--use_fsdp=True", "--use_zero1=True", name="both"),
+    ]
+    resume = (f"--runs_dir={shop.runs}", "--init_from=resume")
+    for name, (before, after) in SHUFFLED.items():
+        commands.append(shop.command(*STEPS, *before, "--max_iters=5", name=name))
+        commands.append([*resume, f"--run_name={name}", "--max_iters=10", *after])
+    shop.run("--max_iters=1")
+    for name in ("FSDP2", "ZeRO-1"):
+        shop.run(*STEPS, "--max_iters=3", name=f"1 to 2 {name}")  # one process, then two
+        commands.append([*resume, f"--run_name=1 to 2 {name}", "--max_iters=7", *MODES[name]])
+    return shop, launch(shop, commands)
+
+
+def assert_same_training(one, other, steps=10, atol=1e-5):
+    """Two runs agree in every logged loss and norm, in the stream and counters, and in weights and optimizer state."""
+    for column in ("loss", "grad_norm"):
+        found, expected = ([row[column] for row in rows(folder, "train")] for folder in (one, other))
+        assert len(found) == steps and found == pytest.approx(expected, abs=atol), column
+    for name in ("stream_hash", "tokens_processed", "tokens_supervised", "steps", "status", "n_params"):
+        assert summary(one)[name] == summary(other)[name], name
+    assert summary(one)["final_val_loss"] == pytest.approx(summary(other)["final_val_loss"], abs=atol)
+    torch.testing.assert_close(weights(one, steps), weights(other, steps), rtol=0, atol=10 * atol)
+    found, expected = (training_state(folder, steps)["optimizers"] for folder in (one, other))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=10 * atol)
+
+
+@pytest.fixture(scope="module")
+def alone(book, tmp_path_factory):
+    """{kind: run folder} of one process each, made when asked for."""
+    shop, made = Workshop(tmp_path_factory.mktemp("alone"), book), {}
+
+    def run(kind):
+        if kind not in made:
+            made[kind] = shop.run(*STEPS, *KINDS[kind], name=kind)
+        return made[kind]
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_trains_what_one_process_does(modes, alone, kind, mode):
+    together = modes[0].runs / f"{kind} {mode}"
+    assert_same_training(together, alone(kind), atol=1e-3 if kind == "muon" else 1e-5)  # Muon multiplies in bfloat16
+    assert read_json(together / "config.json")["resolved"]["parallel"] == mode
+
+
+def test_one_process_goes_on_with_what_a_mode_saved_and_two_with_what_it_saved(modes, alone, workshop):
+    for mode in ("FSDP2", "ZeRO-1"):
+        folder = workshop.resume(modes[0].runs / f"1 to 2 {mode}", "--max_iters=10")
+        assert_same_training(folder, alone("transformer"))
+
+
+@pytest.mark.parametrize("name", SHUFFLED)
+def test_a_run_goes_on_in_another_mode(modes, alone, name):
+    assert_same_training(modes[0].runs / name, alone("transformer"))
+
+
+def test_layer_norms_are_those_of_whole_tensors(modes, alone):
+    for mode in MODES:
+        for one, other in zip(
+            rows(modes[0].runs / f"clipped {mode}", "train"), rows(alone("clipped"), "train"), strict=True
+        ):
+            assert one.keys() == other.keys()
+            for column in {"gradient_norms", "weight_norms"} & one.keys():
+                assert one[column] == pytest.approx(other[column], rel=1e-3, abs=1e-5)
+
+
+def test_an_overflow_is_skipped_alike_in_every_mode(modes):
+    found = [summary(modes[0].runs / f"half {mode}") for mode in MODES]
+    assert 0 < found[0]["non_finite_steps"] < 8
+    assert len({one["non_finite_steps"] for one in found}) == 1
+    scales = [training_state(modes[0].runs / f"half {mode}", 8)["scaler"] for mode in MODES]
+    assert scales[0] == scales[1] == scales[2] and scales[0]["scale"] < 65536
+    for one in found:
+        assert one["final_val_loss"] == pytest.approx(found[0]["final_val_loss"], abs=2e-2)
+
+
+def test_weights_kept_after_forward_train_the_same_and_rank_0_can_write(modes, alone):
+    assert_same_training(modes[0].runs / "kept", alone("transformer"))
+    assert (modes[0].runs / "kept" / "sample.txt").read_text(encoding="utf-8")
+
+
+def test_rounded_weights_train_nearly_the_same(modes, alone):
+    one, other = (summary(folder)["final_val_loss"] for folder in (modes[0].runs / "rounded", alone("transformer")))
+    assert one != other and one == pytest.approx(other, abs=2e-2)
+
+
+def test_two_ways_to_shard_are_refused_on_every_rank(modes):
+    sentence = "error: use_fsdp=True shards the optimizer's state already, as use_zero1=True would; keep one of them\n"
+    assert modes[1].count(sentence) == 2 and not (modes[0].runs / "both").exists()
+
+
+@pytest.mark.parametrize("setting", ["use_fsdp", "use_zero1"])
+def test_one_process_says_that_it_has_nothing_to_shard_over(workshop, setting):
+    workshop.run("--max_iters=1", f"--{setting}=True")
+    assert f"{setting}=True has one process and nothing to shard over; start it with torchrun" in workshop.printed()
+
+
+@pytest.mark.parametrize("settings, held", [
+    ({}, (4, 4, 8)), ({"use_zero1": True}, (4, 4, 2)), ({"use_fsdp": True}, (1, 1, 2)),
+])  # fmt: skip
+def test_what_a_rank_holds(settings, held):
+    memory, place = (
+        {"weights": 4, "gradients": 4, "optimizer": 8, "activations": 5},
+        Place(CPU, "float32", False, 0, 0, 4),
+    )
+    found = parallel.bytes_held(memory, place, TrainConfig(**settings))
+    assert found == dict(zip(memory, (*held, 5), strict=True))
+    assert parallel.bytes_held(memory, Place(CPU, "float32", tf32=False), TrainConfig(**settings)) == memory
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+MIXTURES = {
+    "moe": {}, "moe with places": {"capacity_factor": 1.0, "n_shared_experts": 1},
+    "moe of all terms": {"router_z_loss": 0.01},
+}  # fmt: skip
+
+
+def gradients_and_counts(config, way, is_fast):
+    """({name: gradient}, sums) of one micro-batch under dropout."""
+    model = ConfigurableGPT(config)
+    if is_fast:
+        kernels.choose(model, CPU, "auto", torch.float32)
+    train_config = TrainConfig(gradient_checkpointing=way)
+    parallel.checkpoint_activations(model, train_config)
+    objective = OBJECTIVE_REGISTRY["causal_lm"](model, train_config)
+    tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(3)
+    sums = objective({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
+    sums["loss"].backward()
+    assert model.take_findings() == (0.0, {})  # computing again was heard by nobody
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, sums
+
+
+@pytest.mark.parametrize("part", [*sorted(MIXER_REGISTRY), *MIXTURES])
+@pytest.mark.parametrize("way", ["full", "selective"])
+@pytest.mark.parametrize("is_fast", [False, True], ids=["plain", "fast"])
+def test_recomputing_activations_changes_no_number(part, way, is_fast):
+    shape = dict(n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=16, dropout=0.2)
+    if part in MIXTURES:
+        shape |= {"ffn_type": "moe", "part_options": {"n_experts": 4, "router_bias_rate": 0.01, **MIXTURES[part]}}
+    else:
+        shape["block_pattern"] = part
+    config = ModelArchitectureConfig(**shape)
+    expected, kept = gradients_and_counts(config, "none", is_fast)
+    found, again = gradients_and_counts(config, way, is_fast)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(again, kept, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_that_recomputes_logs_the_same(workshop):
+    settings = (*MOE, "--n_layer=2", "--dropout=0.2", "--gradient_accumulation_steps=2")
+    plain, again = workshop.run(*settings), workshop.run(*settings, "--gradient_checkpointing=full")
+    assert_same_run(plain, again, 8)
+
+
+@pytest.mark.parametrize("way, which", [("none", ""), ("full", "abcd"), ("selective", "bd")])
+def test_which_blocks_are_computed_again(way, which):
+    assert parallel.recomputed("abcd", TrainConfig(gradient_checkpointing=way)) == which
+
+
+@pytest.mark.parametrize("way, most", [("full", 0.35), ("selective", 0.7)])
+def test_less_is_kept_between_forward_and_backward(way, most):
+    def kept(gradient_checkpointing):
+        model = ConfigurableGPT(ModelArchitectureConfig(n_layer=4, n_embd=32, n_head=2, vocab_size=64, block_size=64))
+        parallel.checkpoint_activations(model, TrainConfig(gradient_checkpointing=gradient_checkpointing))
+        found, weights = [], {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in weights:
+                found.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.hidden_states(torch.zeros(2, 64, dtype=torch.int64))
+        return sum(tensor.nbytes for tensor in found)
+
+    assert kept(way) < most * kept("none")
 
 
 # ---- where -----------------------------------------------------------------------------------------------------------
@@ -262,7 +493,7 @@ def breaks_at_once(module):
 
 
 def breaks_when_called(module):
-    def call(batch):
+    def call(*inputs):
         torch.rand(3)
         raise RuntimeError("Dynamo is not supported here\nand more lines")
 
@@ -320,6 +551,26 @@ def test_the_trial_leaves_no_gradient_and_no_mark_on_the_random_state(monkeypatc
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
+def test_blocks_are_compiled_in_their_places_and_put_back_where_that_fails(monkeypatch):
+    train_config = TrainConfig()
+    objective = OBJECTIVE_REGISTRY["causal_lm"](ConfigurableGPT(ModelArchitectureConfig(
+        n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=8)), train_config)  # fmt: skip
+    batch = dict.fromkeys(("inputs", "targets"), torch.zeros(1, 8, dtype=torch.int64))
+    called = []
+
+    def compiler(function):
+        return lambda *inputs: called.append(function.__self__) or function(*inputs)
+
+    place = Place(CPU, "float32", tf32=False)
+    monkeypatch.setattr(torch, "compile", compiler)
+    assert parallel.compile_module(objective, batch, place, by_block=True) == (objective, "on")
+    assert called == [*objective.model.blocks]
+    monkeypatch.setattr(torch, "compile", breaks_when_called)
+    module, happened = parallel.compile_module(objective, batch, place, by_block=True)
+    assert module is objective and happened.startswith("off: torch.compile failed (Dynamo is not supported here)")
+    objective(batch)
+
+
 @pytest.mark.slow
 def test_a_truly_compiled_run_learns_the_same(workshop):
     plain, compiled = workshop.run(), workshop.run("--compile=True")
@@ -341,7 +592,7 @@ def test_alone_the_sums_over_ranks_are_ones_own():
     floats = parallel.to_host([torch.tensor(1), torch.tensor(2.5), torch.tensor(math.inf)], place)
     assert floats == [1.0, 2.5, math.inf]
     module = torch.nn.Linear(2, 2)
-    assert parallel.wrap(module, place) is module
+    assert parallel.wrap(module, module, place, TrainConfig()) is module
     with parallel.gradient_sync(module, is_last=False):
         pass
     parallel.leave_place(place)
