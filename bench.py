@@ -13,6 +13,7 @@ tokens (vocabulary 512 where none is set). All cases and peers take turns, A B C
 benchmarks/<device>.json, where a result is replaced by a later one of the same case alone.
 """
 
+import re
 import shlex
 import shutil
 import sys
@@ -86,7 +87,7 @@ def main(arguments):
     path = Path(config.out_dir) / f"{slug(device_name)}.json"
     story = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions(), "git": git_state(),
-        "command": " ".join(["python", "bench.py", *map(shlex.quote, arguments)]), "threads": torch.get_num_threads(),
+        "command": command_of(arguments), "threads": torch.get_num_threads(),
     }  # fmt: skip
     print(f"{device_name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
     with parallel.memory_errors():
@@ -97,6 +98,12 @@ def main(arguments):
         for name in parts:
             save(path, device_name, {"parts": measure_part(config, name, cases[0], story)})
     print(f"\nadded to {path.as_posix()}")
+
+
+def command_of(arguments):
+    """The command for the record; of a checkout's path the folder's name, which is all that others can use."""
+    words = [re.sub(r"(nanogpt:)[^,]*[/\\]", r"\1", argument) for argument in arguments]
+    return " ".join(["python", "bench.py", *map(shlex.quote, words)])
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

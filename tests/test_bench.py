@@ -342,3 +342,8 @@ def test_a_process_of_its_own_steps_decodes_and_tells_its_troubles():
 def test_every_peer_answers_the_same_questions():
     for peer in PEERS.values():
         assert peer.name in PEERS and callable(peer.matches) and callable(peer.counterpart)
+
+
+def test_the_record_keeps_no_path_of_a_machine():
+    words = ["config/arch_gpt2.py", "--peers=transformers,nanogpt:/home/someone/src/nanoGPT,mambapy"]
+    assert bench.command_of(words).endswith("config/arch_gpt2.py --peers=transformers,nanogpt:nanoGPT,mambapy")
