@@ -13,36 +13,13 @@ from model_config import ModelArchitectureConfig
 from model_flops import flops_per_token
 from recurrence_helpers import (
     LENGTHS,
-    check_autocast,
-    check_compiles,
-    check_cost_per_token,
-    check_documents,
-    check_forms_agree,
     check_kernels_agree,
-    check_prefill_then_steps,
-    check_recurrent_flops,
-    check_state_is_constant,
     mixer,
     random,
 )
 from user_errors import UserError
 
 B, H, K, V = 2, 3, 4, 5
-NAMES = ["linear_attention", "retention", "gla"]
-every_mixer = pytest.mark.parametrize("name", NAMES)
-VARIANTS = {
-    "linear_attention": ("linear_attention", {}),
-    "linear_attention-plain": (
-        "linear_attention",
-        {"feature_map": "identity", "normaliser": False, "output_norm": "rmsnorm"},
-    ),
-    "linear_attention-conv": ("linear_attention", {"d_conv": 4, "expand_k": 0.5, "feature_map": "relu", "bias": True}),
-    "retention": ("retention", {}),
-    "retention-rope": ("retention", {"position_encoding": "rope"}),
-    "gla": ("gla", {}),
-    "gla-conv": ("gla", {"d_conv": 3, "gate_temperature": 0.1, "output_norm": "layernorm"}),
-}
-every_variant = pytest.mark.parametrize("name, options", VARIANTS.values(), ids=VARIANTS)
 
 
 def inputs(T, decay, dtype=torch.float64):
@@ -127,21 +104,6 @@ def test_recurrent_and_chunk_agree_with_their_gradients(decay, T):
     check_kernels_agree(linear_recurrent, linear_chunked, lambda dtype: inputs(T, decay, dtype), (B, H, K, V))
 
 
-@every_variant
-def test_forms_of_a_layer_agree(name, options):
-    check_forms_agree(name, **options)
-
-
-@every_variant
-def test_documents_are_separate_texts(name, options):
-    check_documents(name, **options)
-
-
-@every_variant
-def test_prefill_then_steps_equal_forward(name, options):
-    check_prefill_then_steps(name, **options)
-
-
 @pytest.mark.parametrize("runs", [None, [[0] * 20 + [1] * 44, [0] * 64]])
 def test_no_decay_overflows_or_loses_its_gradient(runs):
     # Gates all but shut and all but open, in float32: exp(-b) of the textbook form would be exp(6,000).
@@ -171,32 +133,7 @@ def test_feature_maps():
     assert FEATURE_MAPS["elu_plus_one"](torch.tensor(-30.0)) == torch.tensor(-30.0).exp()  # elu + 1 rounds this to 0
 
 
-@every_mixer
-def test_it_compiles_without_a_graph_break(name):
-    check_compiles(name)
-
-
-@every_mixer
-def test_under_autocast_the_memory_stays_float32(name):
-    check_autocast(name)
-
-
 # ---- what it costs, and where it starts -----------------------------------------------------------------------------
-
-
-@every_mixer
-def test_declared_flops_of_both_forms(name):
-    check_recurrent_flops(name)
-
-
-@every_mixer
-def test_cost_per_token_does_not_grow(name):
-    check_cost_per_token(name)
-
-
-@every_mixer
-def test_state_is_constant(name):
-    check_state_is_constant(name)
 
 
 def test_linear_attention_has_the_weights_of_attention():

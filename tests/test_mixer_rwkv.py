@@ -9,15 +9,7 @@ from model_builder import ConfigurableGPT, parameter_plan
 from model_config import ModelArchitectureConfig
 from recurrence_helpers import (
     LENGTHS,
-    check_autocast,
-    check_compiles,
-    check_cost_per_token,
-    check_documents,
-    check_forms_agree,
     check_kernels_agree,
-    check_prefill_then_steps,
-    check_recurrent_flops,
-    check_state_is_constant,
     mixer,
     random,
 )
@@ -84,16 +76,6 @@ def test_recurrent_and_chunk_agree_with_their_gradients(T):
     check_kernels_agree(rwkv7_recurrent, rwkv7_chunked, lambda dtype: inputs(T, dtype), (B, H, K, V))
 
 
-RANKS = {"bias": True, "decay_rank": 3, "rate_rank": 2, "output_gate_rank": 5}
-
-
-@pytest.mark.parametrize("options", [{}, RANKS], ids=["default", "ranks"])
-def test_a_layers_forms_documents_and_steps(options):
-    check_forms_agree("rwkv7", **options)
-    check_documents("rwkv7", **options)
-    check_prefill_then_steps("rwkv7", **options)
-
-
 def test_the_longest_chunk_at_the_fastest_decay_is_safe_in_float32():
     x = {name: tensor.requires_grad_() for name, tensor in inputs(LONGEST_CHUNK, torch.float32).items()}
     with torch.no_grad():
@@ -107,27 +89,7 @@ def test_the_longest_chunk_at_the_fastest_decay_is_safe_in_float32():
         torch.testing.assert_close(two / size, one / size, rtol=1e-4, atol=1e-4)
 
 
-def test_it_compiles_without_a_graph_break():
-    check_compiles("rwkv7")
-
-
-def test_under_autocast_the_memory_stays_float32():
-    check_autocast("rwkv7")
-
-
 # ---- what it costs, and where it starts -----------------------------------------------------------------------------
-
-
-def test_declared_flops_of_both_forms():
-    check_recurrent_flops("rwkv7")
-
-
-def test_cost_per_token_does_not_grow():
-    check_cost_per_token("rwkv7")
-
-
-def test_state_is_constant():
-    check_state_is_constant("rwkv7")
 
 
 def test_it_starts_as_the_authors_code_does():
