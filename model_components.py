@@ -221,7 +221,8 @@ class RoPE(PositionEncoding):
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(dtype).to(positions.device), sin.to(dtype).to(positions.device)
 
-    def _cos_sin_of_range(self, T, device, dtype):
+    def cos_sin_of_range(self, T, device, dtype):
+        """`cos_sin` of positions 0..T-1, kept for the next call."""
         # Kept outside the buffers on purpose: a buffer made on the meta device comes back as noise.
         key = (T, device, dtype)
         if self._cached is None or self._cached[0] != key:
@@ -233,11 +234,11 @@ class RoPE(PositionEncoding):
         dtype = torch.promote_types(x.dtype, torch.float32)
         may_keep = not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
         if positions is None and may_keep:
-            cos, sin = self._cos_sin_of_range(x.size(-2), x.device, dtype)
+            cos, sin = self.cos_sin_of_range(x.size(-2), x.device, dtype)
         elif may_keep and positions is not None and positions.dim() == 1 and x.device.type == "cpu":
             # Decoding: rows of a table that doubles as the text grows. A GPU would have to wait for the largest.
             T = 2 ** int(positions.max()).bit_length()
-            cos, sin = (table[positions] for table in self._cos_sin_of_range(T, x.device, dtype))
+            cos, sin = (table[positions] for table in self.cos_sin_of_range(T, x.device, dtype))
         else:
             positions = torch.arange(x.size(-2), device=x.device) if positions is None else positions
             cos, sin = self.cos_sin(positions, dtype)

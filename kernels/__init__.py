@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import attention, checks, cpu_linear, cpu_norm, grouped, libraries
+from kernels import attention, checks, cpu_attention, cpu_ffn, cpu_linear, cpu_norm, grouped, libraries
 from registry import ALL_REGISTRIES
 from user_errors import UserError, did_you_mean
 
@@ -86,9 +86,15 @@ def choose(model, device, backend, dtype=torch.float32):
         choice["experts"] = experts
     if backend == "auto" and device.type == "cpu" and cpu_norm.equals_plain() and cpu_norm.install(model):
         choice["norm"] = "fewer passes"
+    if choice["linear"] == "onednn":
+        cpu_attention.install(model)
+        if cpu_ffn.install(model):
+            choice["ffn"] = "one node"
     for part, mixers in mixers_by_part(model).items():
         if mixers[0].operation == "attention":
             choose_attention(choice, part, mixers, model.config, device, backend, dtype)
+            if all("forward" in vars(mixer) for mixer in mixers):
+                choice[part] += ", one node"
         else:
             choose_recurrence(choice, part, mixers, model.config, device, backend, dtype)
     if backend not in ("auto", "plain"):

@@ -8,6 +8,7 @@ training. The text is long enough for several chunks of every kernel and no mult
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -73,6 +74,23 @@ def outputs_and_gradients(form, args, kwargs):
     y = y[0] if isinstance(y, tuple) else y
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device)
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), leaves, allow_unused=True)]
+
+
+def same_module(module, fast, shape, allowed=1e-4):
+    """Whether fast(x) equals the module's own forward for x of this shape on a CPU, with all gradients, in float32.
+
+    The module's own parameters are what it is tried on, and get no gradient from it.
+    """
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    results, leaves = [], [x, *module.parameters()]
+    try:
+        for forward in (functools.partial(type(module).forward, module), fast):
+            y = forward(x)
+            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+            results.append([y.detach(), *torch.autograd.grad((y * weights).sum(), leaves)])
+    except (RuntimeError, AttributeError, TypeError):  # an operation that this torch does not have, or has otherwise
+        return False
+    return all(relative_error(plain, other) <= allowed for plain, other in zip(*results, strict=True))
 
 
 def relative_error(plain, fast):

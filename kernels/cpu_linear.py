@@ -21,20 +21,37 @@ class OneDNNLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        rows = grad.flatten(0, -2)  # (rows, N)
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
-        if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ x.flatten(0, -2)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_x = input_gradient(grad, weight) if need_x else None
+        grad_weight = weight_gradient(grad, x) if need_weight else None
+        return grad_x, grad_weight, bias_gradient(grad) if need_bias and ctx.has_bias else None
+
+
+def product(x, weight, bias=None):
+    """x (..., K), weight (N, K), bias (N,) or None -> x weight^T + bias (..., N)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def input_gradient(grad, weight, added_to=None):
+    """grad (..., N), weight (N, K) -> grad weight (..., K), and what it is added to, in the same pass."""
+    if added_to is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(grad, added_to, weight.t(), None, "add")
+    return torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+
+
+def weight_gradient(grad, x):
+    """grad (..., N), x (..., K) -> grad^T x (N, K)."""
+    return torch.mm(grad.flatten(0, -2).t(), x.flatten(0, -2))
+
+
+def bias_gradient(grad):
+    """grad (..., N) -> (N,)."""
+    return grad.flatten(0, -2).sum(0)
 
 
 FEWEST_ROWS = 8  # below this, as when a token is generated, oneDNN's set-up costs more than the product
@@ -42,11 +59,14 @@ FEWEST_ROWS = 8  # below this, as when a token is generated, oneDNN's set-up cos
 
 def linear(x, weight, bias=None):
     """F.linear, through oneDNN where the tensors are what it takes and its overhead is worth it."""
-    if x.dtype != torch.float32 or x.numel() < FEWEST_ROWS * x.size(-1):
-        return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    return OneDNNLinear.apply(x, weight, bias)
+    return OneDNNLinear.apply(x, weight, bias) if takes(x) else F.linear(x, weight, bias)
+
+
+def takes(x):
+    """Whether x (..., K) is of a kind and size that oneDNN is for."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() < FEWEST_ROWS * x.size(-1):
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
 
 
 def is_faster_here(device):
