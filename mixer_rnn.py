@@ -209,11 +209,12 @@ def _backward(ctx, grads):
 
 recurrent_op.register_autograd(_backward, setup_context=_save)
 
+
 class RecurrentMemory(torch.autograd.Function):
     """What torch's kernel keeps for backward, on tensors that have no data: a kernel's workspace has no shape rule.
 
-    x (B, T, C) -> y (B, T, H). `kept` and `scratch` count B x T x H numbers, as resident memory showed them at 16 x 256 x
-    256 and 4 x 512 x 512 (docs/decisions.md).
+    x (B, T, C) -> y (B, T, H). `kept` and `scratch` count B x T x H numbers, as resident memory showed them on a CPU
+    (docs/decisions.md).
     """
 
     @staticmethod

@@ -32,6 +32,7 @@ import model_matching as matching  # noqa: E402
 import training_checkpoint as checkpoint  # noqa: E402
 import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
+import training_plan as plan_ahead  # noqa: E402
 from model_builder import ConfigurableGPT, notes, parameter_plan  # noqa: E402
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
 from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
@@ -54,6 +55,8 @@ def train(arguments, closing):
     # ---- settings, and where to run ----------------------------------------------------------------------------------
     settings, first_weights = interop.starting_point(configurator.read_settings(arguments))
     config = settings.train
+    if config.dry_run:
+        return print(plan_ahead.dry_run(settings))
     is_resumed = config.init_from == "resume"
     place = parallel.find_place(config)
     closing.callback(parallel.leave_place, place)

@@ -22,7 +22,10 @@ from kernels import cpu_norm, grouped
 from model_builder import ConfigurableGPT, parameter_plan
 from training_objectives import OBJECTIVE_REGISTRY
 from training_optim import OPTIMIZER_REGISTRY
-from training_parallel import DTYPES, SPREAD, checkpoint_activations, mode
+from training_parallel import DTYPES, bytes_held, checkpoint_activations, mode
+
+NOT_COUNTED = "the allocator's rounding and fragments, kernels' workspaces, the device's context"
+MAX_OPERATORS = 100_000  # a loop over tokens has more, and would take longer to count than to run
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,13 @@ class StorageMeter(TorchDispatchMode):
     def __init__(self, known=(), gradient_share=1.0):
         super().__init__()
         self.gradient_share, self.sizes, self.is_gradient = gradient_share, {}, set()
-        self.activations = self.gradients = self.most_activations = self.peak = 0
+        self.n_operators = self.activations = self.gradients = self.most_activations = self.peak = 0
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.n_operators += 1
+        if self.n_operators > MAX_OPERATORS:
+            raise NotImplementedError(f"a step has more than {MAX_OPERATORS:,} operators, as a loop over tokens makes")
         made = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
@@ -100,8 +106,7 @@ def step_memory(settings, place):
         NotImplementedError, RuntimeError: a part whose shapes depend on the data, or an operator without a shape rule.
     """
     config = settings.train
-    spread = SPREAD[mode(config, place)]
-    shares = {kind: 1 / place.world_size if kind in spread else 1.0 for kind in ("weights", "gradients", "optimizer")}
+    shares = bytes_held({"weights": 1.0, "gradients": 1.0, "optimizer": 1.0}, place, config)
     n_micro_batches = min(2, max(1, config.gradient_accumulation_steps // place.world_size))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
@@ -109,10 +114,13 @@ def step_memory(settings, place):
     batch = example_batch(objective, settings)
     with fake:
         weights = bytes_of([*objective.parameters(), *objective.buffers()])
-        passes = measured_passes(objective, batch, place, n_micro_batches, shares["gradients"])
-        state, scratch = measured_update(objective.model, config)
-        gradients = bytes_of(p for p in objective.parameters() if p.requires_grad)
+        gradients = bytes_of(objective.parameters())
         buffers = communication_bytes(objective.model, config, place)
+        state, scratch = measured_update(objective.model, config)
+        gathered = DTYPES[config.fsdp_dtype] if mode(config, place) == "FSDP2" else torch.float32
+        cast_parameters(objective, gathered)  # its gradients too, which are float32 again once they are scattered
+        kept_share = shares["gradients"] * 4 / gathered.itemsize
+        passes = measured_passes(objective, batch, place, n_micro_batches, kept_share)
     kinds = {
         "weights": weights * shares["weights"], "gradients": gradients * shares["gradients"],
         "optimizer": state * shares["optimizer"], "activations": passes.most_activations,
@@ -165,13 +173,25 @@ def measured_update(model, config):
     optimizers = OPTIMIZER_REGISTRY[config.optimizer](
         parameter_plan(model), dict(model.named_parameters()), config, torch.device("cpu")
     )
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [torch.empty_like(parameter) for parameter in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
     with StorageMeter([*model.parameters(), *model.buffers(), *gradients]) as meter:
         for optimizer in optimizers:
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     kept = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     state = bytes_of(value for value in kept if torch.is_tensor(value))
     return state, max(0, meter.peak - state)
+
+
+def cast_parameters(module, dtype):
+    """Parameters of another type in the place of the old ones; tied ones stay tied. `Module.to` swaps data, of which
+    there is none."""
+    new = {parameter: torch.nn.Parameter(parameter.detach().to(dtype)) for parameter in module.parameters()}
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            setattr(owner, name, new[parameter])
 
 
 def communication_bytes(model, config, place):

@@ -116,7 +116,7 @@ def install(model, device, backend="auto"):
 
 
 def install_without_data(model):
-    """Let every Experts of `model` compute a product per expert on tensors that have no data, an even share for each."""
+    """Let every Experts of `model` compute, on tensors without data, a product per expert with an even share."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.forward = functools.partial(experts, module, use_grouped_mm=_never, counts_of=even_counts)

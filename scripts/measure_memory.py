@@ -16,11 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from user_errors import Parser, exit_on_user_error
 
+ROOT = Path(__file__).resolve().parents[1]
 MEDIUM = ["--n_layer=6", "--n_embd=256", "--n_head=4", "--block_size=256", "--batch_size=16"]
 DEEP = ["--n_layer=16", "--n_embd=256", "--n_head=4", "--block_size=128", "--batch_size=24"]
 WIDE = ["--n_layer=4", "--n_embd=1024", "--n_head=8", "--block_size=128", "--batch_size=4"]
@@ -69,7 +69,7 @@ def child(gives_back, folder, arguments):
 
 
 def measure(arguments, gives_back):
-    """What `child` prints. gives_back: an allocator without memory of its own, which returns every tensor that is freed."""
+    """What `child` prints. gives_back: with an allocator that returns every tensor's memory once it is freed."""
     environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if gives_back else {})
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--child", str(int(gives_back)), folder, *arguments]
