@@ -139,7 +139,7 @@ def test_gathering_in_half_precision_needs_no_copies_of_the_weights():
     place = Place(CPU, "bfloat16", False, 0, 0, 4)
     two = [settings_of("llama", {**train, "fsdp_dtype": dtype}, block_size=8) for dtype in ("float32", "bfloat16")]
     kept, freed = (step_memory(settings, place).kinds["activations"] for settings in two)
-    assert kept - freed == pytest.approx(2 * n_parameters(two[0]), rel=0.2)
+    assert kept - freed == pytest.approx(2 * n_parameters(two[0]), rel=0.3)
 
 
 def test_a_step_of_too_many_operators_is_not_counted(monkeypatch):
