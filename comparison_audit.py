@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from comparison_checkpoints import problems_between, problems_of_run, read_run
 from comparison_runs import (
     AUDITED_TRAINING,
     BOOKKEEPING,
@@ -141,7 +142,7 @@ def audit(runs):
     if len({key_of(run.seed) for run in runs}) > 1 and not has_complete_seeds(runs):
         seed = Check("seed", "note", "other seed, other weights and order of data: not paired", lambda run: run.seed)
         findings += differing(seed, runs)
-    findings += training_findings(runs)
+    findings += training_findings(runs) + checkpoint_findings(runs)
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -165,9 +166,15 @@ def stream_findings(runs):
     for run in runs:
         if run.values.get("stream_hash") is not None:
             shape = run.get("resolved", "tokens_per_step"), run.get("model_config", "block_size")
-            place = comparability_key(run), run.seed, number(run.summary.get("tokens_processed")), *shape
+            place = comparability_key(run), run.seed, hashed_tokens(run), *shape
             alike[key_of(list(place))].append(run)
     return [found for same in alike.values() for found in differing(stream_check(same[0].seed), same)]
+
+
+def hashed_tokens(run):
+    """How many tokens the stream hash is of: those up to the evaluation that the run is held at, where its row says."""
+    is_part = run.held_at is not None and run.evaluations and run.evaluations[-1].get("stream_hash")
+    return number(run.held_at if is_part else run.summary.get("tokens_processed"))
 
 
 def stream_check(seed):
@@ -318,6 +325,29 @@ def honesty_findings(runs):
         if silent and len(silent) == len(runs):
             found.append(Finding(check.what, "warns", "cannot be checked", {"not recorded": silent}))
     return found
+
+
+def checkpoint_findings(runs):
+    """Checkpoints whose token counts do not add up within a run, or do not line up with those of the first run.
+
+    Runs line up where their schedules say so; the agreement of two with a third is agreement with each other.
+    """
+    by_problem, scheduled = defaultdict(list), []
+    for run in runs:
+        read = read_run(run.folder)
+        problems = problems_of_run(read)
+        if problems:
+            more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+            by_problem[problems[0].replace(f"{run.folder}", run.name) + more].append(run.name)
+        elif read.schedule and read.checkpoints and run.is_finished:
+            scheduled.append((run, read))
+    for run, read in scheduled[1:]:
+        first, first_read = scheduled[0]
+        for problem in problems_between([first_read, read])[:1]:
+            sentence = problem.replace(f"{first.folder}", first.name).replace(f"{run.folder}", run.name)
+            by_problem[sentence] += [first.name, run.name]
+    consequence = "token counts disagree: equal counts may not be equal tokens (scripts/verify_checkpoints.py)"
+    return [Finding("checkpoints", "warns", consequence, dict(by_problem))] if by_problem else []
 
 
 def has_complete_seeds(runs):

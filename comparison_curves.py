@@ -88,6 +88,7 @@ def held_run(run, place):
     names = ("bits_per_byte", "pseudo_perplexity", "masked_accuracy", "train_seconds")
     values = run.values | {name: number(row.get(name)) for name in names} | {
         "final_val_loss": number(row.get("val_loss")),
+        "stream_hash": row.get("stream_hash") or run.values["stream_hash"],  # older rows: that of the run's end
         "best_val_loss": min(loss for loss in losses if loss is not None),
         "tokens_processed": place,
         "steps": number(row.get("step")),

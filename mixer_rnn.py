@@ -30,6 +30,7 @@ class RecurrentMixer(Mixer):
     """
 
     n_gates = 1
+    kernel_keeps = (4, 1)  # B x T x H numbers that torch's kernel on a CPU keeps for backward, and needs there
     state_names = ("h",)
     own_init = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     residual_out = ("out.weight",)
@@ -102,6 +103,15 @@ class RecurrentMixer(Mixer):
             y, *states = recurrent_op(self.kernel_name(), x, states, weights, starts)
         else:
             y, *states = run_in_pieces(self.kernel_name(), x, states, weights, starts, self.training)
+        return y, states
+
+    def without_data(self):
+        """Take the place that torch's kernel takes, and no time: see `RecurrentMemory`."""
+        if self.options.recurrence == "kernel":
+            self.pieces = self.pieces_without_data
+
+    def pieces_without_data(self, x, states, weights, starts):
+        y = RecurrentMemory.apply(x, self.d_hidden, *self.kernel_keeps, *weights)
         return y, states
 
     # -- state and cost
@@ -199,6 +209,30 @@ def _backward(ctx, grads):
 
 recurrent_op.register_autograd(_backward, setup_context=_save)
 
+
+class RecurrentMemory(torch.autograd.Function):
+    """What torch's kernel keeps for backward, on tensors that have no data: a kernel's workspace has no shape rule.
+
+    x (B, T, C) -> y (B, T, H). `kept` and `scratch` count B x T x H numbers, as resident memory showed them on a CPU
+    (docs/decisions.md).
+    """
+
+    @staticmethod
+    def forward(ctx, x, width, kept, scratch, *weights):
+        y = x.new_empty(*x.shape[:2], width)
+        ctx.scratch = scratch
+        ctx.save_for_backward(x, y, y.new_empty(kept, *y.shape), *weights)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, _, _, *weights = ctx.saved_tensors
+        scratch = grad.new_empty(ctx.scratch, *grad.shape)
+        gradients = [torch.empty_like(tensor) for tensor in (x, *weights)]
+        del scratch
+        return gradients[0], None, None, None, *gradients[1:]
+
+
 # ---- the networks ----------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +245,7 @@ class LSTM(RecurrentMixer):
     """
 
     n_gates = 4  # rows of the weights: i, f, g, o
+    kernel_keeps = (7, 9)
     state_names = ("h", "c")
 
     class Options(RecurrentMixer.Options):
@@ -239,6 +274,7 @@ class GRU(RecurrentMixer):
     """
 
     n_gates = 3  # rows of the weights: r, z, n
+    kernel_keeps = (11, 2)
 
     @staticmethod
     def cell(from_input, from_state, h):

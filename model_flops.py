@@ -138,23 +138,6 @@ def state_bytes(model, context, dtype=torch.float32):
     return sum(block.mixer.state_bytes(context, dtype) for block in model.blocks)
 
 
-def training_memory_bytes(model, n_sequences, dtype=torch.float32, logits_held=2**24, n_recomputed=0):
-    """An estimate of training memory: {'weights', 'gradients', 'optimizer', 'activations'} in bytes.
-
-    Weights, gradients and two moments are float32. Activations are what a plain backward keeps: about 16 C per token
-    and layer for the norms, projections and an FFN of 4 C; attention is taken as fused. Two sets of logits are float32,
-    at most `logits_held` elements each, as the loss works in chunks. Of the `n_recomputed` layers only inputs are kept,
-    and all of one at a time.
-    """
-    config = model.config
-    n = sum(parameter.numel() for parameter in model.parameters())
-    tokens = n_sequences * config.block_size
-    logits = 2 * 4 * min(tokens * model.head.out_features, logits_held)
-    widths = 16 * (config.n_layer - n_recomputed) + (n_recomputed + 16 if n_recomputed else 0)
-    activations = tokens * config.n_embd * widths * dtype.itemsize + logits
-    return {"weights": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "activations": activations}
-
-
 # ---- hardware -------------------------------------------------------------------------------------------------------
 
 # Dense peaks in TFLOP/s from the makers' data sheets, without sparsity, at boost clock: (name, bf16, fp16, tf32, fp32).

@@ -16,7 +16,6 @@ TensorBoard files and checkpoints. `python compare_architectures.py --latest 2` 
 
 import contextlib
 import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -32,10 +31,11 @@ import model_matching as matching  # noqa: E402
 import training_checkpoint as checkpoint  # noqa: E402
 import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
+import training_plan as plan_ahead  # noqa: E402
 from model_builder import ConfigurableGPT, notes, parameter_plan  # noqa: E402
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
 from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
-from training_ledger import Ledger  # noqa: E402
+from training_ledger import Ledger, StepMeter  # noqa: E402
 from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, added, validation_scores  # noqa: E402
 from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
 from training_report import startup_report  # noqa: E402
@@ -54,6 +54,8 @@ def train(arguments, closing):
     # ---- settings, and where to run ----------------------------------------------------------------------------------
     settings, first_weights = interop.starting_point(configurator.read_settings(arguments))
     config = settings.train
+    if config.dry_run:
+        return print(plan_ahead.dry_run(settings))
     is_resumed = config.init_from == "resume"
     place = parallel.find_place(config)
     closing.callback(parallel.leave_place, place)
@@ -82,6 +84,7 @@ def train(arguments, closing):
     objective = OBJECTIVE_REGISTRY[config.objective](model, config)
     flops = flops_per_token(model, head_fraction=objective.head_fraction)
     ledger = Ledger(stream.tokens_per_step, flops.training, stream.initial_hash)
+    meter = StepMeter(place.device)
     model.check_device(place.device)
     model.to(place.device)
     chosen_kernels = kernels.choose(model, place.device, config.kernel_backend, parallel.DTYPES[place.dtype])
@@ -129,7 +132,6 @@ def train(arguments, closing):
         "peak_source": peak.source, "checkpoint_schedule": counts,
         "matching": matching.record(settings.model, config.match, config.match_to) if config.match else None,
     }  # fmt: skip
-    command = " ".join(["python", "train.py", *map(shlex.quote, arguments)])
     log = logging.SilentLogger()
     if place.is_main and config.eval_only:
         log = logging.ConsoleLogger(total_steps)
@@ -137,7 +139,7 @@ def train(arguments, closing):
         if is_resumed:
             checkpoint.set_aside(folder, ledger.step)
             logging.rewind_metrics(folder, ledger.step)
-        record = logging.config_record(settings, folder.name, model, flops, dataset, validation, resolved, command)
+        record = logging.config_record(settings, folder.name, model, flops, dataset, validation, resolved, arguments)
         record["initial_weights"] = first_weights.record
         log = logging.RunLogger(folder, settings, record, dataset, total_steps, is_resumed)
 
@@ -154,6 +156,7 @@ def train(arguments, closing):
     def save():
         """Write the checkpoint of this step, unless it exists."""
         random_states = parallel.gather(checkpoint.random_state(place.device), place)
+        ledger.add_joules(parallel.gather(meter.take_joules(), place))
         weights, optimizer_states = parallel.whole_weights(model), checkpoint.optimizer_state(optimizers)
         if place.is_main and not (folder / f"checkpoint-{ledger.step}").exists():
             state = {
@@ -171,9 +174,9 @@ def train(arguments, closing):
         scores = validation_scores(objective, validation, config.batch_size, place, is_final)
         seconds = time.perf_counter() - t0
         ledger.eval_seconds += seconds
-        row = {"kind": "eval", "step": ledger.step, "tokens_processed": ledger.tokens_processed,
-               "tokens_scheduled": due.get(ledger.step), **scores,
-               "train_seconds": ledger.train_seconds, "flops": ledger.flops, "seconds": seconds}  # fmt: skip
+        ledger.add_joules(parallel.gather(meter.take_joules(), place))
+        row = {"kind": "eval", "step": ledger.step, **ledger.at_evaluation(), **scores, "seconds": seconds,
+               "tokens_scheduled": due.get(ledger.step)}  # fmt: skip
         ledger.evaluations.append(row)
         log.evaluation(row, is_best=ledger.best() is row)
 
@@ -203,7 +206,7 @@ def train(arguments, closing):
     logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
 
     while ledger.step < total_steps:
-        t0 = time.perf_counter()
+        meter.start()
         micro_batches, wait = loader.next()
         learning_rate = set_learning_rate(optimizers, schedule(ledger.step))
 
@@ -238,7 +241,7 @@ def train(arguments, closing):
             optimizer.zero_grad(set_to_none=True)
 
         # -- the ledger
-        seconds = time.perf_counter() - t0
+        seconds = meter.stop()
         ledger.train_seconds += seconds
         ledger.tokens_supervised += round(n_tokens)
         ledger.stream_hash = stream.hash_after(ledger.step - 1, ledger.stream_hash)

@@ -25,6 +25,12 @@ class TrainConfig:
     init_from: str = "scratch"  # scratch, resume (the run called run_name), hf:NAME or FOLDER, nanogpt:CKPT
     resume_step: int | None = None  # with init_from=resume: which checkpoint; None takes the latest
 
+    # -- a run on paper (docs/scaling.md)
+    dry_run: bool = False  # print parameters, FLOPs, memory, communication and hours on the target, and train nothing
+    target_gpu: str = "h100"  # b200, h200, h100, a100, v100, mi300x, l40s, rtx4090, rtx3090
+    target_n_gpu: int = 8  # devices, one process each; eight to a node
+    target_mfu: float = 0.4  # the share of their peak that is reached: an assumption, which bench.py can replace
+
     # -- a fair size (docs/matching.md)
     match: str | None = None  # solve n_layer, n_embd, n_head for equal params, active_params, flops or state
     match_to: str | int | float | None = None  # the target: 5.4M, or a preset at a size such as llama@5M
@@ -259,7 +265,7 @@ def validate(config):
         "batch_size": 1, "gradient_accumulation_steps": 1, "eval_interval": 1, "log_interval": 1,
         "eval_iters": 0, "keep_checkpoints": 0, "prefetch_batches": 0, "warmup_iters": 0, "sample_tokens": 0,
         "layer_stats_interval": 0, "max_non_finite_steps": 1, "threads": 0, "loss_chunk_elements": 1, "seed": 0,
-        "min_checkpoints_per_epoch": 1,
+        "min_checkpoints_per_epoch": 1, "target_n_gpu": 1,
         "weight_decay": 0, "grad_clip": 0, "z_loss": 0,
     }  # fmt: skip
     for name, least in at_least.items():
@@ -269,6 +275,8 @@ def validate(config):
     for name in ("learning_rate", "adam_eps"):
         if not getattr(config, name) > 0:
             raise UserError(f"{name}={getattr(config, name)} must be above 0")
+    if not 0 < config.target_mfu <= 1:
+        raise UserError(f"target_mfu={config.target_mfu} must lie in (0, 1]")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must lie in [0, 1)")

@@ -170,7 +170,7 @@ class BatchStream:
                 f"the training split has {n_tokens} tokens, fewer than the {block_size + 1} of one window; "
                 "lower --block_size, or use more text"
             )
-        self.windows_per_epoch = max(1, n_tokens // block_size - 1)
+        self.windows_per_epoch = tokens_in_epoch(n_tokens, block_size) // block_size
         self.n_offsets = min(block_size, n_tokens - self.windows_per_epoch * block_size)
         starts_at_once = min(4096, 4 * self.windows_per_epoch)
         self.steps_per_block = max(1, starts_at_once // sequences_per_step)
@@ -247,6 +247,11 @@ class BatchStream:
         digest = hashlib.blake2b(bytes.fromhex(previous), digest_size=16)
         digest.update(self.window_starts(step).astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def tokens_in_epoch(n_tokens, block_size):
+    """Tokens of the windows that one pass over n_tokens has: one fewer than fit, so that their offset may vary."""
+    return max(1, n_tokens // block_size - 1) * block_size
 
 
 def check_split(sequences_per_step, micro_batch_size, world_size):

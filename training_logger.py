@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -416,7 +417,7 @@ def _norms_by_layer(named_tensors):
     return dict(zip(squares, torch.stack(list(squares.values())).sqrt().tolist(), strict=True))
 
 
-def config_record(settings, run_name, model, flops, dataset, validation, resolved, command):
+def config_record(settings, run_name, model, flops, dataset, validation, resolved, arguments):
     """config.json: the whole story of a run."""
     return {
         "format": FORMAT,
@@ -442,7 +443,7 @@ def config_record(settings, run_name, model, flops, dataset, validation, resolve
         },
         "versions": versions(),
         "git": git_state(),
-        "command": command,
+        "command": shlex.join(["python", "train.py", *arguments]),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 
@@ -471,6 +472,7 @@ def metadata_record(settings, run_name, ledger, stream, scheduled_tokens=None):
     return {
         "experiment_name": run_name,
         "global_step": ledger.step,
+        "stream_hash": ledger.stream_hash,
         "epoch": stream.epoch(ledger.step),
         "token_metrics": {
             "total_tokens_processed": ledger.tokens_processed,

@@ -1,8 +1,9 @@
 """What a run says on one screen before it starts: the architecture as a tree, its cost, the data, the place, memory."""
 
 import model_matching as matching
-from model_flops import CONVENTION, active_parameters, linear_flops, state_bytes, training_memory_bytes
-from training_parallel import DTYPES, bytes_held, mode, recomputed
+from model_flops import CONVENTION, active_parameters, linear_flops, state_bytes
+from training_memory import step_memory
+from training_parallel import mode
 
 # ---- numbers for people ----------------------------------------------------------------------------------------------
 
@@ -109,6 +110,17 @@ def kernels_not_taken(resolved):
     return lines
 
 
+def memory_text(settings, place):
+    """'about 462 MiB in the forward and backward: weights 18.6 MiB, ...', or why that cannot be told."""
+    try:
+        memory = step_memory(settings, place)
+    except (NotImplementedError, RuntimeError) as error:  # a part of the user's own may ask a tensor for its values
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return f"cannot be counted ahead: {reason.strip()[:100]}"
+    kinds = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in memory.kinds.items())
+    return f"about {human_bytes(memory.peak)} in the {memory.when}: {kinds}, each at its most"
+
+
 def startup_report(model, flops, peak, place, settings, dataset, resolved, notes=()):
     """The report as one string.
 
@@ -120,11 +132,6 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
     config, block_size = settings.train, settings.model.block_size
     steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
     tokens, train_tokens, val_tokens = steps * tokens_per_step, len(dataset.train), len(dataset.val)
-    n_recomputed = len(recomputed(model.blocks, config))
-    memory = training_memory_bytes(
-        model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements, n_recomputed
-    )
-    memory = bytes_held(memory, place, config)
     ranks = f"{mode(config, place)}, " if place.world_size > 1 else ""
     at_half = flops.training * tokens / (peak.flops_per_second * place.world_size / 2)
     kernels = ", ".join(f"{part} {kernel}" for part, kernel in resolved["kernels"].items())
@@ -144,8 +151,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
                    f"{ranks}compile {resolved['compile']}, {kernels}"),
         ("peak", f"{human_count(peak.flops_per_second)}FLOP/s, {peak.source}; "
                  f"at half of it the run takes {human_seconds(at_half)}"),
-        ("memory", f"about {human_bytes(sum(memory.values()))}: "
-                   + ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())),
+        ("memory", memory_text(settings, place)),
     ]  # fmt: skip
     rows += [("kernels", line) for line in kernels_not_taken(resolved)]
     if resolved["matching"]:

@@ -45,6 +45,16 @@ class Collect(torch.autograd.Function):
         return grad[order // inverse.size(1)], None, None
 
 
+def true_counts(loads, n_choices):
+    return loads.tolist()
+
+
+def even_counts(loads, n_choices):
+    """What `true_counts` would be if no expert were preferred: for tensors without data."""
+    n = loads.size(0)
+    return [n_choices // n + (expert < n_choices % n) for expert in range(n)]
+
+
 def _sum_of_choices(y, inverse):
     total = y[inverse[:, 0]]
     for choice in range(1, inverse.size(1)):
@@ -52,8 +62,13 @@ def _sum_of_choices(y, inverse):
     return total
 
 
-def experts(module, x, chosen, weights, use_grouped_mm):
-    """What `Experts.forward` computes. x (N, C), chosen (N, k) int64, weights (N, k) -> (N, C)."""
+def experts(module, x, chosen, weights, use_grouped_mm, counts_of=true_counts):
+    """What `Experts.forward` computes. x (N, C), chosen (N, k) int64, weights (N, k) -> (N, C).
+
+    Args:
+        use_grouped_mm: (device, dtype) -> whether one product serves all experts.
+        counts_of: (loads (E,), N k) -> tokens of each expert, as Python integers.
+    """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     order = chosen.flatten().argsort(stable=True)  # (N k,) choices, by expert
@@ -71,7 +86,7 @@ def experts(module, x, chosen, weights, use_grouped_mm):
         h = hidden(F.grouped_mm(rows, up.transpose(1, 2), offs=offsets), row_weights)
         y = F.grouped_mm(h, down.transpose(1, 2), offs=offsets)
     else:
-        counts = loads.tolist()
+        counts = counts_of(loads, order.numel())
         groups = zip(rows.split(counts), row_weights.split(counts), up.unbind(0), down.unbind(0), strict=True)
         y = torch.cat([F.linear(hidden(F.linear(x_e, up_e), w_e), down_e) for x_e, w_e, up_e, down_e in groups])
     return Collect.apply(y, order, inverse).to(x.dtype)
@@ -98,6 +113,13 @@ def install(model, device, backend="auto"):
         use_grouped_mm = functools.partial(_has_grouped_mm, grouped)
         module.forward = functools.partial(experts, module, use_grouped_mm=use_grouped_mm)
     return "grouped_mm" if grouped else "sorted"
+
+
+def install_without_data(model):
+    """Let every Experts of `model` compute, on tensors without data, a product per expert with an even share."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.forward = functools.partial(experts, module, use_grouped_mm=_never, counts_of=even_counts)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -79,6 +79,52 @@ def test_equal_lengths_with_different_streams_are_not_paired(tmp_path):
     assert findings["stream of seed 1337"].severity == "warns"
 
 
+def with_checkpoints(folder, steps, schedule=(), **changes):
+    """Give a run of 768 tokens a step a metadata.json at each of these."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["resolved"]["checkpoint_schedule"] = [*schedule]
+    write_json(folder / "config.json", config)
+    for step in steps:
+        tokens = {
+            "total_tokens_processed": 768 * step, "total_tokens_supervised": 768 * step, "tokens_per_step": 768,
+            "effective_batch_size": 12, "sequence_length": 64, "estimated_tokens_at_step": 768 * step,
+        }  # fmt: skip
+        path = folder / f"checkpoint-{step}" / "metadata.json"
+        path.parent.mkdir()
+        names = ("training_config", "model_config")
+        write_json(path, {
+            "format": 1, "experiment_name": folder.name, "global_step": step, "epoch": 0.5, "checksums": {},
+            "token_metrics": tokens | changes, **{name: config[name] for name in names},
+        })  # fmt: skip
+
+
+def of_checkpoints(folder):
+    return [finding for finding in audit(find_runs(folder)[0]) if finding.what == "checkpoints"]
+
+
+def test_checkpoints_that_add_up_are_no_finding(tmp_path):
+    for name in ("a", "b"):
+        with_checkpoints(make_run(tmp_path, name), (50, 100), schedule=(38_400, 76_800))
+    assert of_checkpoints(tmp_path) == []
+
+
+def test_counts_that_disagree_within_a_file_are_listed(tmp_path):
+    make_run(tmp_path, "a")
+    with_checkpoints(make_run(tmp_path, "b"), (50, 100), total_tokens_processed=7)
+    (finding,) = of_checkpoints(tmp_path)
+    ((sentence, names),) = finding.runs_by_value.items()
+    assert names == ["b"] and finding.severity == "warns"
+    assert sentence.startswith("b/checkpoint-50/metadata.json: total_tokens_processed=7 is not global_step=50 x")
+    assert sentence.endswith("more like it)")
+
+
+def test_counts_that_disagree_between_runs_are_listed(tmp_path):
+    with_checkpoints(make_run(tmp_path, "a"), (50, 100), schedule=(38_400, 76_800))
+    with_checkpoints(make_run(tmp_path, "b"), (25, 100), schedule=(19_200, 76_800))
+    ((sentence, names),) = of_checkpoints(tmp_path)[0].runs_by_value.items()
+    assert names == ["a", "b"] and sentence == "a and b have different schedules: 19200 tokens is in one alone"
+
+
 def test_an_interrupted_run_is_named(tmp_path):
     findings = findings_of(tmp_path, summary={"status": "interrupted"})
     assert findings["status"].runs_by_value == {"interrupted": ["b"]}

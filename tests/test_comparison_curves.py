@@ -3,7 +3,7 @@
 import pytest
 
 from comparison_analysis import analyse, ratio_to
-from comparison_configurations import group_configurations
+from comparison_configurations import group_configurations, shared_seeds
 from comparison_curves import costs_to_reach, curve, hold_at, order_over_training, worst_final_loss
 from comparison_helpers import make_run, rows_of
 from comparison_ranking import rank
@@ -51,6 +51,33 @@ def test_the_count_asked_for_where_all_have_it(tmp_path):
     assert [run.values["hours"] for run in held] == [pytest.approx(0.2)] * 2
     assert [run.values["total_flops"] for run in held] == [200 * 6e6] * 2
     assert [len(run.evaluations) for run in held] == [2, 2]
+
+
+def with_hashes(folder, name, hashes, **changes):
+    """A run evaluated at 100, 200, ... tokens, with the running hash of the stream in each row."""
+    rows = rows_of([(100 * (index + 1), 3.0 - index / 10) for index in range(len(hashes))])
+    rows = [row | {"stream_hash": each} for row, each in zip(rows, hashes, strict=True)]
+    summary = {"final_val_loss": rows[-1]["val_loss"], "tokens_processed": 100 * len(hashes), "stream_hash": hashes[-1]}
+    return make_run(folder, name, summary, metrics=rows, **changes)
+
+
+def test_runs_of_unequal_length_are_paired_where_their_streams_agree_until_there(tmp_path):
+    with_hashes(tmp_path, "a", ["x", "y", "z"])
+    with_hashes(tmp_path, "b", ["x", "y"], n_layer=3)
+    (ranking,) = rank(find_runs(tmp_path)[0], at_tokens=200)
+    first, second = ranking.configurations
+    assert shared_seeds(first, second) == {1337}
+    assert not [finding for finding in ranking.findings if finding.what.startswith("stream")]
+
+
+def test_streams_that_part_before_the_cut_are_not_paired(tmp_path):
+    with_hashes(tmp_path, "a", ["x", "y", "z"])
+    with_hashes(tmp_path, "b", ["x", "other", "z"], n_layer=3)
+    for tokens, are_paired in ((100, True), (200, False)):
+        (ranking,) = rank(find_runs(tmp_path)[0], at_tokens=tokens)
+        assert bool(shared_seeds(*ranking.configurations)) == are_paired
+        found = [finding for finding in ranking.findings if finding.what == "stream of seed 1337"]
+        assert bool(found) != are_paired
 
 
 def test_else_the_nearest_that_all_have_and_it_is_said(tmp_path):

@@ -29,7 +29,8 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "place": ["training_parallel"],
     "training": ["training_*"],
     "saving and judging": [
-        "training_checkpoint", "training_schedules", "training_logger", "training_report", "eval_*", "model_interop",
+        "training_checkpoint", "training_schedules", "training_logger", "training_report", "training_plan", "eval_*",
+        "model_interop",
     ],
     "comparison": ["comparison_*"],
     "sweeps": ["sweep_*"],

@@ -19,7 +19,6 @@ from model_flops import (
     mfu,
     parameters_by_group,
     published_peak,
-    training_memory_bytes,
 )
 
 
@@ -110,20 +109,6 @@ def test_experts_count_by_their_active_fraction(tiny):
     assert before.vectors - after.vectors == 2 * 0.75 * 2 * (64 + 16)
     total = sum(groups.values())
     assert model_flops.active_parameters(model) == total - 0.75 * groups["ffn"]
-
-
-def test_training_memory_holds_weights_gradients_and_two_moments(tiny):
-    model = ConfigurableGPT(tiny())
-    n = sum(p.numel() for p in model.parameters())
-    memory = training_memory_bytes(model, 3)
-    assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (4 * n, 4 * n, 8 * n)
-    assert training_memory_bytes(model, 6)["activations"] == 2 * memory["activations"] > 0
-
-
-def test_a_layer_that_is_recomputed_keeps_its_input(tiny):
-    config = tiny(n_layer=4)
-    kept, again = (training_memory_bytes(ConfigurableGPT(config), 3, n_recomputed=n)["activations"] for n in (0, 3))
-    assert kept - again == 4 * 3 * config.block_size * config.n_embd * (16 * 3 - 3 - 16)
 
 
 # ---- hardware -------------------------------------------------------------------------------------------------------

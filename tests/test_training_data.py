@@ -5,6 +5,7 @@ import math
 import os
 import runpy
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +24,10 @@ from training_data import (
     bits_per_byte,
     load_dataset,
     shuffled,
+    window_batch,
 )
 from training_prepare import prepare, recipe_of, summary_of
-from training_token_files import describe_token_files, read_meta
+from training_token_files import ShardedTokens, describe_token_files, read_meta
 from training_tokenizers import TOKENIZER_REGISTRY
 from user_errors import UserError
 
@@ -504,6 +506,48 @@ def test_a_sparse_file_beyond_four_gigabytes_is_read_at_its_far_end(tmp_path):
     stream = BatchStream(StubDataset(tokens), 2**20, 1, seed=1)
     ends = max(int(stream.window_starts(step)[0]) for step in range(stream.windows_per_epoch))
     assert ends > 2**32 - 2**22 and tokens[n_tokens - 1] == 99
+
+
+def test_windows_beyond_both_borders_of_an_index_are_read_right(tmp_path):
+    """2^31 and 2^32 tokens, the second within a window that lies in two files."""
+    if sys.platform == "win32":
+        pytest.skip("Windows would write the eight gigabytes")
+    shards = [(tmp_path / "train_00000.bin", 2**32 - 20), (tmp_path / "train_00001.bin", 2**31)]
+    for path, n_tokens in shards:
+        with open(path, "wb") as file:
+            file.truncate(2 * n_tokens)
+    for path, first in ((shards[0][0], 2**31 - 50), (shards[0][0], 2**32 - 120), (shards[1][0], 0)):
+        with open(path, "r+b") as file:
+            file.seek(2 * first)
+            file.write(np.arange(first, first + 100).astype("<u2").tobytes())
+    if sum(path.stat().st_blocks for path, _ in shards) * 512 > 2**24:
+        pytest.skip("this file system has no sparse files")
+    tokens = ShardedTokens(shards, np.dtype("<u2"))
+    starts = np.array([2**31 - 32, 2**32 - 20 - 32], dtype=np.int64)
+    near, across = window_batch(tokens, starts, block_size=64)["targets"].numpy()
+    assert near.tolist() == [n % 2**16 for n in range(2**31 - 31, 2**31 + 33)]
+    assert across.tolist() == [n % 2**16 for n in range(2**32 - 51, 2**32 - 20)] + list(range(33))
+
+
+def test_the_order_of_a_petabyte_takes_no_more_memory_than_that_of_a_book():
+    class Counted(Endless):
+        def __init__(self, n):
+            self.n = n
+
+        def __len__(self):
+            return self.n
+
+    def peak(n_tokens):
+        stream = BatchStream(StubDataset(Counted(n_tokens)), 1024, 64, seed=9)
+        tracemalloc.start()
+        for step in range(20):
+            stream.window_starts(step * 97)  # nowhere near one another
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(10**8)  # what is made once
+    assert peak(10**15) < 1.1 * peak(10**8) < 2**20
 
 
 # -- validation

@@ -1,8 +1,11 @@
 """The ledger: what a checkpoint carries, what a resumed run takes up, what summary.json says."""
 
-import pytest
+from types import SimpleNamespace
 
-from training_ledger import Ledger
+import pytest
+import torch
+
+from training_ledger import Ledger, StepMeter, SummedPower, energy_counter, nvml_counter
 
 
 def ledger(**changes):
@@ -67,3 +70,90 @@ def test_summary():
 def test_two_ledgers_share_no_list(counter):
     getattr(ledger(), counter).append({})
     assert getattr(ledger(), counter) == []
+
+
+# ---- joules ----------------------------------------------------------------------------------------------------------
+
+
+def counter_of(*readings):
+    """A device whose counter says these, one after another."""
+    left = list(readings)
+    return lambda: left.pop(0)
+
+
+def test_joules_between_start_and_stop_count_and_no_others():
+    # asked once at first, then start, stop, start, stop, and once when they are taken
+    meter = StepMeter(torch.device("cpu"), counter_of(5.0, 10.0, 13.0, 100.0, 104.5, 104.5))
+    for _ in range(2):
+        meter.start()
+        assert meter.stop() >= 0
+    assert meter.take_joules() == 7.5 and meter.joules == 0.0
+
+
+@pytest.mark.parametrize("readings", [
+    (None, None, None, None), (5.0, 10.0, None, 12.0), (None, 10.0, 12.0, 14.0),
+])  # fmt: skip
+def test_steps_that_were_not_told_make_the_joules_unknown(readings):
+    meter = StepMeter(torch.device("cpu"), counter_of(*readings))
+    meter.start()
+    meter.stop()
+    assert meter.take_joules() is None
+
+
+def test_the_ledger_adds_up_all_ranks_until_one_does_not_tell():
+    counters = ledger()
+    counters.add_joules([1.0, 2.0])
+    counters.add_joules([0.5, 0.5])
+    assert (
+        counters.train_joules == counters.at_evaluation()["train_joules"] == counters.summary()["train_joules"] == 4.0
+    )
+    again = ledger()
+    again.restore(counters.state(), [])
+    assert again.train_joules == 4.0
+    counters.add_joules([1.0, None])
+    assert counters.train_joules is None
+    counters.add_joules([1.0, 1.0])
+    assert counters.train_joules is None  # a part of it is no total
+
+
+def test_a_checkpoint_from_before_joules_were_kept_leaves_them_unknown():
+    state = ledger().state()
+    del state["train_joules"]
+    new = ledger()
+    new.restore(state, [])
+    assert new.train_joules is None
+
+
+class NVMLError(Exception):
+    pass
+
+
+def board(total=None, watts=None):
+    """NVML as pynvml has it, for a device with a total counter (mJ), with a power sensor (mW), or with neither."""
+
+    def told(value):
+        if value is None:
+            raise NVMLError
+        return value
+
+    return SimpleNamespace(
+        NVMLError=NVMLError, nvmlDeviceGetTotalEnergyConsumption=lambda _: told(total and total.pop(0)),
+        nvmlDeviceGetPowerUsage=lambda _: told(watts),
+    )  # fmt: skip
+
+
+def test_nvml_counts_in_millijoules_and_may_fall_silent():
+    read = nvml_counter(board(total=[1000, 2000, 3500, None]), None)  # the first asks whether there is a counter
+    assert [read(), read(), read()] == [2.0, 3.5, None]
+
+
+def test_without_a_total_the_power_is_summed_over_time():
+    assert nvml_counter(board(watts=250_000), None)() == 0.0
+    summed = SummedPower(counter_of(100.0, 200.0, 200.0), clock=counter_of(0.0, 2.0, 3.0))
+    assert [summed(), summed(), summed()] == [0.0, 300.0, 500.0]
+    with pytest.raises(NVMLError):
+        nvml_counter(board(), None)
+
+
+def test_a_processor_tells_nothing():
+    assert energy_counter(torch.device("cpu"))() is None

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
+import training_report
 from model_flops import HardwarePeak
+from training_memory import StepMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,14 +90,19 @@ class Workshop:
         return err[len("error: ") : -1]
 
 
+def a_memory(settings, place):
+    return StepMemory({"weights": 1, "activations": 2}, 3, "forward and backward")
+
+
 def a_peak(device, precision):
     return HardwarePeak(1e11, "a number")
 
 
 @pytest.fixture
 def workshop(tmp_path, book, capsys, monkeypatch):
-    """A Workshop in which no time goes into measuring the processor's peak."""
+    """A Workshop in which no time goes into measuring the processor's peak and counting memory."""
     monkeypatch.setattr(train, "hardware_peak", a_peak)
+    monkeypatch.setattr(training_report, "step_memory", a_memory)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.chdir(tmp_path)
     return Workshop(tmp_path, book, capsys)

@@ -1,0 +1,282 @@
+"""A run on paper: what it would take on other machines than this one. `python train.py ... --dry_run=True`.
+
+    print(dry_run(settings))        # no data is read but meta.json, no weight is made
+
+Everything follows from the settings, from counts of the model (`model_flops.py`) and of its memory
+(`training_memory.py`), and from the assumptions below, which stand under every plan.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import model_matching as matching
+from configurator import with_vocabulary
+from model_builder import ConfigurableGPT, notes, on_meta
+from model_config import GPT2_VOCAB_SIZE
+from model_flops import CONVENTION, active_parameters, flops_per_token, published_peak
+from training_data import check_split, tokens_in_epoch
+from training_memory import NOT_COUNTED, step_memory
+from training_objectives import OBJECTIVE_REGISTRY
+from training_parallel import DTYPES, Place, mode, recomputed
+from training_prepare import recipe_of
+from training_report import architecture_tree, human_bytes, human_count, human_seconds
+from training_token_files import read_meta
+from training_tokenizers import TOKENIZER_REGISTRY
+from user_errors import UserError, did_you_mean
+
+# ---- machines --------------------------------------------------------------------------------------------------------
+
+RANKS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device as its maker describes it.
+
+    Attributes:
+        name: what `published_peak` knows it by.  memory: bytes.
+        link, network: bytes per second that one device sends to others of its node, and to other nodes.
+    """
+
+    name: str
+    memory: float
+    link: float
+    network: float
+
+
+# NVLink and Infinity Fabric in one direction, PCIe where there is neither; the network of the maker's own 8-GPU server
+# (DGX: 400 Gb/s for each H100, 200 for each A100), or 100 Gb/s for a node where it sells none.
+TARGETS = {
+    "b200": Target("B200", 180e9, 900e9, 50e9),
+    "h200": Target("H200", 141e9, 450e9, 50e9),
+    "h100": Target("H100", 80e9, 450e9, 50e9),
+    "a100": Target("A100", 80e9, 300e9, 25e9),
+    "v100": Target("V100", 32e9, 150e9, 6.25e9),
+    "mi300x": Target("MI300X", 192e9, 448e9, 50e9),
+    "l40s": Target("L40S", 48e9, 32e9, 1.5e9),
+    "rtx4090": Target("RTX 4090", 24e9, 32e9, 1.5e9),
+    "rtx3090": Target("RTX 3090", 24e9, 32e9, 1.5e9),
+}
+
+
+def target_of(config):
+    """The Target that target_gpu names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    name = config.target_gpu.lower()
+    if name not in TARGETS:
+        raise UserError(
+            f"target_gpu={config.target_gpu!r} is not known{did_you_mean(name, TARGETS)} (known: {', '.join(TARGETS)})"
+        )
+    return TARGETS[name]
+
+
+def place_of(config, target):
+    """The Place of one rank there: bfloat16 where dtype leaves it open and the device has it."""
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if published_peak(target.name, "bfloat16") else "float16"
+    tf32 = config.tf32 and published_peak(target.name, "tf32") is not None
+    return Place(torch.device("cuda"), dtype, tf32, 0, 0, config.target_n_gpu)
+
+
+# ---- data that need not be there -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is known of the dataset without reading a token: from meta.json, or before it is prepared from settings."""
+
+    words: str
+    vocab_size: int
+    n_tokens: int | None  # of the training split
+
+
+def data_facts(settings):
+    recipe = recipe_of(settings.train)
+    meta = read_meta(recipe.folder)
+    if meta is not None:
+        n_tokens = meta["splits"]["train"]["tokens"]
+        return DataFacts(f"{recipe.folder.name}: {human_count(n_tokens)} training tokens", meta["vocab_size"], n_tokens)
+    vocab_size, why = settings.model.vocab_size, "of vocab_size"
+    if vocab_size is None and recipe.tokenizer_vocab_size:
+        vocab_size, why = recipe.tokenizer_vocab_size, "of tokenizer_vocab_size"
+    elif vocab_size is None and recipe.tokenizer == "byte":
+        vocab_size, why = TOKENIZER_REGISTRY["byte"].learn().vocab_size, "of bytes"
+    elif vocab_size is None:
+        vocab_size, why = GPT2_VOCAB_SIZE, "of GPT-2, as nothing says otherwise"
+    return DataFacts(f"{recipe.folder.name}, not prepared; vocabulary {why}", vocab_size, None)
+
+
+def length_of(config, block_size, facts):
+    """(steps, tokens per step) of the run.
+
+    Raises:
+        UserError: the length is in epochs and the dataset's size is unknown.
+    """
+    tokens_per_step, steps_per_epoch = config.sequences_per_step * block_size, None
+    if config.max_tokens is None and config.epochs is not None:
+        if facts.n_tokens is None:
+            raise UserError(f"epochs={config.epochs} of data that is not prepared is no length; set max_tokens instead")
+        steps_per_epoch = tokens_in_epoch(facts.n_tokens, block_size) / tokens_per_step
+    return config.total_steps(tokens_per_step, steps_per_epoch), tokens_per_step
+
+
+# ---- communication and time ------------------------------------------------------------------------------------------
+
+
+def bytes_sent(weights, config, place):
+    """{what: bytes that each rank sends in a step}, by ring algorithms (Patarasuk & Yuan 2009).
+
+    An all-reduce of n bytes over p ranks costs each 2 n (p - 1) / p, a gather or a scatter half of that. DDP sums
+    gradients once a step; ZeRO-1 sends updated weights besides; FSDP2 gathers weights before forward, again before
+    backward where they were freed, and scatters gradients, in every micro-batch.
+
+    Args:
+        weights: bytes of the model in float32.
+    """
+    p, kind = place.world_size, mode(config, place)
+    share = weights * (p - 1) / p
+    if kind != "FSDP2":
+        sent = {} if kind == "alone" else {"gradients": 2 * share}
+        return sent | ({"weights": share} if kind == "ZeRO-1" else {})
+    n_micro_batches = config.gradient_accumulation_steps // p
+    gathers = n_micro_batches * (2 if config.fsdp_reshard_after_forward else 1)
+    return {
+        "weights": gathers * share * DTYPES[config.fsdp_dtype].itemsize / 4, "gradients": n_micro_batches * share,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step: of the arithmetic at the assumed share of the peak, and of what is sent."""
+
+    compute: float
+    communication: float
+
+    @property
+    def seconds(self):
+        return max(self.compute, self.communication)
+
+
+def step_time(flops, n_layers_again, n_layer, tokens_per_step, sent, target, config, place):
+    """StepTime, with the forward of blocks that are computed again among the arithmetic."""
+    peak = published_peak(target.name, place.precision)
+    if peak is None:
+        raise UserError(f"dtype={config.dtype!r} is not a unit that a {target.name} has; choose another dtype")
+    blocks = flops.forward - flops.linear["head"]
+    work = (flops.training + blocks * n_layers_again / n_layer) * tokens_per_step
+    bandwidth = target.link if place.world_size <= RANKS_PER_NODE else target.network
+    return StepTime(work / (place.world_size * peak * config.target_mfu), sum(sent.values()) / bandwidth)
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def dry_run(settings):
+    """The plan as one string.
+
+    Raises:
+        UserError: settings that no run could have, or a device that is not known.
+    """
+    config, target = settings.train, target_of(settings.train)
+    place = place_of(config, target)
+    check_split(config.sequences_per_step, config.batch_size, place.world_size)
+    facts, kind = data_facts(settings), OBJECTIVE_REGISTRY[config.objective]
+    settings = with_vocabulary(settings, facts.vocab_size + kind.extra_tokens(config))
+    if config.match:
+        settings = matching.with_matched_shape(settings)
+    with on_meta():
+        model = ConfigurableGPT(settings.model)
+        flops = flops_per_token(model, head_fraction=kind(model, config).head_fraction)
+    steps, tokens_per_step = length_of(config, settings.model.block_size, facts)
+    sent = bytes_sent(4 * sum(p.numel() for p in model.parameters()), config, place)
+    n_again = len(recomputed(model.blocks, config))
+    time = step_time(flops, n_again, len(model.blocks), tokens_per_step, sent, target, config, place)
+    rows = [
+        *run_rows(settings, model, flops, facts, steps, tokens_per_step, place),
+        ("devices", f"{place.world_size} x {target.name}, {place.precision}, {mode(config, place)}, "
+                    f"gradient_checkpointing={config.gradient_checkpointing}"),
+        *memory_rows(settings, place, target),
+        *time_rows(time, sent, steps, place),
+        *assumption_rows(config, target, place),
+        *(("note", note) for note in notes(settings.model)),
+    ]  # fmt: skip
+    return "\n".join([*architecture_tree(model, flops), "", *(f"{name:<14} {text}" for name, text in rows)])
+
+
+def run_rows(settings, model, flops, facts, steps, tokens_per_step, place):
+    """[(name, text)]: the model, the data, a step and the run."""
+    config, tokens = settings.train, steps * tokens_per_step
+    accumulation = config.gradient_accumulation_steps
+    epochs = f", {tokens / facts.n_tokens:.2f} epochs" if facts.n_tokens else ""
+    return [
+        ("model", f"{model.config.architecture_name()}, {active_parameters(model):,} parameters active"),
+        ("FLOPs/token", f"{human_count(flops.training)} for training at {flops.context} tokens"),
+        ("", CONVENTION),
+        ("dataset", f"{facts.words}; no token was read"),
+        ("step", f"{human_count(tokens_per_step)} tokens: {config.batch_size} x {flops.context} x {accumulation} "
+                 f"micro-batch(es), {accumulation // place.world_size} on each device"),
+        ("run", f"{steps:,} steps, {human_count(tokens)} tokens{epochs}, {human_count(flops.training * tokens)}FLOP"),
+    ]  # fmt: skip
+
+
+def assumption_rows(config, target, place):
+    peak = human_count(published_peak(target.name, place.precision))
+    return [
+        ("assumed", f"{100 * config.target_mfu:.3g}% of {peak}FLOP/s on each device (target_mfu), recomputed blocks "
+                    "included"),
+        ("", f"{target.link / 1e9:g} GB/s to devices of the same {RANKS_PER_NODE}, {target.network / 1e9:g} GB/s to "
+             "others; sending overlaps with computing: the longer counts"),
+        ("not counted", f"{NOT_COUNTED};"),
+        ("", "evaluation, saving, starting, compiling (which lowers activations), waiting for data, failures"),
+    ]  # fmt: skip
+
+
+def memory_rows(settings, place, target):
+    """[(name, text)]: the peak, its kinds, and what would help where it does not fit."""
+    try:
+        memory = step_memory(settings, place)
+    except NotImplementedError as error:
+        return [("memory", f"cannot be counted ahead: {str(error)[:100]}")]
+    kinds = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in memory.kinds.items())
+    rows = [
+        ("memory", f"{human_bytes(memory.peak)} of {human_bytes(target.memory)} on each device at most, in the "
+                   f"{memory.when}"),
+        ("", f"{kinds}, each at its most"),
+    ]  # fmt: skip
+    if memory.peak > target.memory:
+        rows.append(("", f"DOES NOT FIT a {target.name}: {advice(settings.train, memory.kinds)}"))
+    return rows
+
+
+def advice(config, kinds):
+    """What to change, the largest kind first."""
+    if kinds["activations"] == max(kinds.values()):
+        ways = [] if config.gradient_checkpointing == "full" else ["gradient_checkpointing=full"]
+        if (
+            config.use_fsdp and config.fsdp_dtype == "float32"
+        ):  # autocast keeps a copy of every weight in half precision
+            ways.append("fsdp_dtype=bfloat16")
+        if config.batch_size > 1:
+            ways.append("lower batch_size and raise gradient_accumulation_steps by as much")
+        return f"activations are most of it: {', or '.join(ways) or 'lower block_size'}"
+    if config.use_fsdp:
+        return "raise target_n_gpu"
+    return "use_fsdp=True shards weights, gradients and optimizer"
+
+
+def time_rows(time, sent, steps, place):
+    kinds = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in sent.items())
+    bound = "computing" if time.compute >= time.communication else "sending"
+    hours = steps * time.seconds / 3600
+    return [
+        ("communication", f"{human_bytes(sum(sent.values()))} sent by each device in a step: {kinds}"
+                          if sent else "none: one device"),
+        ("step time", f"{time.seconds:.3g} s: computing {time.compute:.3g} s, sending {time.communication:.3g} s; "
+                      f"{bound} decides"),
+        ("estimated", f"{hours:.3g} hours ({human_seconds(3600 * hours)}), {hours * place.world_size:,.0f} GPU-hours"),
+    ]  # fmt: skip
