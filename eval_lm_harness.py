@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from eval_tasks import percent, write_tables
+from model_builder import NotFiniteError
 from training_tokenizers import load_tokenizer
 from user_errors import UserError, did_you_mean
 
@@ -107,6 +108,9 @@ class HarnessRun:
         """[(nats, is_greedy)] of (ids, how many of the last are scored), in their order.
 
         Sequences of one length share a forward pass, so that nothing is padded.
+
+        Raises:
+            NotFiniteError: a model that diverged.
         """
         scores, by_length, done = [(0.0, True)] * len(sequences), defaultdict(list), 0
         for index, (ids, n) in enumerate(sequences):
@@ -133,6 +137,8 @@ class HarnessRun:
             of_all = torch.log_softmax(self.model.logits(piece).float(), dim=-1)
             nats.append(of_all.gather(-1, wanted[:, None]).squeeze(-1).double().cpu())
             is_best.append((of_all.argmax(-1) == wanted).cpu())
+        if not torch.cat(nats).isfinite().all():
+            raise NotFiniteError()
         parts = zip(torch.cat(nats).split(lengths), torch.cat(is_best).split(lengths), strict=True)
         return [(part.sum().item(), bool(best.all())) for part, best in parts]
 
@@ -281,10 +287,10 @@ def ask_harness(run, names, manager=None, n_shot=None, limit=None):
 
 
 def tables_of(results):
-    """{task or group: {group, version, n_shot, questions, metrics: {name: {value, stderr, better}}}} of its results.
+    """{task or group: {group, version, n_shot, questions, main, metrics: {name: {value, stderr, better}}}} of them.
 
-    group: the group that a task was asked as part of, or None. Numbers that are missing or not finite are None. A
-    filter that a task names is part of the metric's name.
+    group: the group that a task was asked as part of, or None. main: the metric that tables show. Numbers that are
+    missing or not finite are None. A filter that a task names is part of the metric's name.
     """
     tables, parts = {}, results.get("group_subtasks") or {}
     groups = {name: group for group, names in parts.items() for name in names if group in results["results"]}
@@ -304,6 +310,7 @@ def tables_of(results):
                 "version": results.get("versions", {}).get(name),
                 "n_shot": results.get("n-shot", {}).get(name),
                 "questions": (results.get("n-samples", {}).get(name) or {}).get("effective"),
+                "main": main_metric(metrics),
                 "metrics": metrics,
             }
     return tables
@@ -339,12 +346,13 @@ class HarnessTask:
         return load_tokenizer(run_folder)
 
     def ask(self, model, tokenizer, progress):
-        """{task: table} as `tables_of`; {} where the weights are not finite."""
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            return {}
+        """{task: table} as `tables_of`; {} where the logits are not finite."""
         run = HarnessRun(model, tokenizer, self.seed, progress)
-        tables = tables_of(ask_harness(run, self.names, self.manager, self.n_shot, self.limit))
-        self.columns = tuple(f"{name} {main_metric(table['metrics'])}" for name, table in shown(tables).items())
+        try:
+            tables = tables_of(ask_harness(run, self.names, self.manager, self.n_shot, self.limit))
+        except NotFiniteError:  # the harness would count the first answer as the likeliest
+            return {}
+        self.columns = tuple(f"{name} {table['main']}" for name, table in shown(tables).items())
         return tables
 
     def record(self, tables):
@@ -352,7 +360,7 @@ class HarnessTask:
         return {"kind": "lm_eval", "harness": version, "limit": self.limit, "seed": self.seed, "tasks": tables}
 
     def notes(self, tables):
-        return [] if tables else ["not asked, for the weights are not finite"]
+        return [] if tables else ["not scored, for its logits are not finite"]
 
     def panels(self, tables):
         """{'tasks': {task: number}}, for the figure."""
@@ -385,7 +393,7 @@ def shown(tables):
 
 
 def main_value(table):
-    return table["metrics"][main_metric(table["metrics"])]
+    return table["metrics"][table["main"]]
 
 
 def value_text(numbers):

@@ -39,6 +39,16 @@ for _path in sorted(Path(__file__).parent.glob("mixer_*.py")):
 IGNORE_INDEX = -100  # a target that is not supervised
 
 
+class NotFiniteError(UserError):
+    """A model whose logits are NaN or infinite was asked for text or for its likelihood."""
+
+    def __init__(self):
+        super().__init__(
+            "the model's logits are not finite, so it can write and score nothing: its training diverged, or half "
+            "precision overflows; take an earlier checkpoint"
+        )
+
+
 # ---- the network ----------------------------------------------------------------------------------------------------
 
 
@@ -340,12 +350,16 @@ class ConfigurableGPT(nn.Module):
         When the context is full, its older half is forgotten and the rest read again, with a cache or without, so that
         both give the same tokens. temperature=0 takes the likeliest token. `stop` takes what is there after each token,
         (B, T + n), and ends it early where it says True.
+
+        Raises:
+            NotFiniteError: logits that are not finite, told at the end, so that a GPU is never waited for.
         """
         self._require_causal()
         was_training = self.training
         self.eval()
         limit = self.context_limit()
         context, state = idx[:, -limit:] if limit else idx, None
+        is_finite = torch.ones((), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if limit and context.size(1) > limit:
                 context, state = context[:, -max(1, limit // 2) :], None
@@ -356,11 +370,15 @@ class ConfigurableGPT(nn.Module):
             else:
                 logits, state = self.step(context[:, -1:], state)
             logits = logits[:, -1] if logits.dim() == 3 else logits
+            is_finite = is_finite & logits.isfinite().all()
+            logits = logits.nan_to_num()  # on a GPU a draw from NaN ends the process
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
             idx, context = torch.cat((idx, token), dim=1), torch.cat((context, token), dim=1)
             if stop is not None and stop(idx):
                 break
         self.train(was_training)
+        if not is_finite:
+            raise NotFiniteError()
         return idx
 
 

@@ -187,13 +187,13 @@ RESULTS = {
 def test_the_results_as_a_table():
     tables = tables_of(RESULTS)
     assert tables["part"] == {
-        "group": "whole", "version": 2.0, "n_shot": 5, "questions": 4,
+        "group": "whole", "version": 2.0, "n_shot": 5, "questions": 4, "main": "acc_norm",
         "metrics": {"acc": {"value": 0.25, "stderr": None, "better": "higher"},
                     "acc_norm": {"value": 0.75, "stderr": None, "better": "higher"}},
     }  # fmt: skip
     assert tables["text"]["metrics"]["word_perplexity"] == {"value": None, "stderr": None, "better": "lower"}
     assert list(tables["sums"]["metrics"]) == ["exact_match,strict"]
-    assert [main_metric(tables[name]["metrics"]) for name in ("part", "sums")] == ["acc_norm", "exact_match,strict"]
+    assert [main_metric(tables[name]["metrics"]) for name in ("whole", "sums")] == ["acc", "exact_match,strict"]
     json.dumps(tables, allow_nan=False)
 
 
