@@ -13,6 +13,8 @@ never ranked together. It leaves behind, in a folder of its own that is never wr
     summary_table.csv     one row for each run, numbers in full
     summary_table.md      the audit, the verdict, the table, the differences
     pairs.csv             every pair of rows: difference, interval, corrected p, verdict
+    evaluations.csv       what evaluate.py found of each run, where it was asked: prompts, tasks, parts of the loss
+    loss_parts.png        the parts of the loss, side by side, where it was asked for them
     validation_loss.png   against tokens, FLOPs and seconds
     training_loss.png     the same, smoothed
 """
@@ -24,11 +26,13 @@ import sys
 from datetime import datetime
 
 from comparison_analysis import analyse
+from comparison_evals import eval_problems, rows_for_csv
 from comparison_folders import fresh_folder, token_count
+from comparison_groups import draw_loss_parts
 from comparison_html import write_html
 from comparison_plots import draw_curves
 from comparison_ranking import COLUMN, rank
-from comparison_report import show, write_csv, write_markdown, write_pairs
+from comparison_report import show, write_csv, write_evaluations, write_markdown, write_pairs
 from comparison_runs import find_runs, prompt_problems
 from user_errors import Parser, UserError, did_you_mean, exit_on_user_error
 
@@ -70,9 +74,11 @@ def main(argv=None):
     analyses = [analyse(ranking, arguments.to_loss) for ranking in rankings]
     add_new(problems, [f"{run.name}: {trouble}" for run in runs for trouble in run.problems])
     add_new(problems, [trouble for ranking in rankings for trouble in prompt_problems(ranking.runs)])
+    add_new(problems, [trouble for ranking in rankings for trouble in eval_problems(ranking.runs)])
     folder = fresh_folder(arguments.out_dir or f"comparisons/{datetime.now():%Y-%m-%d_%H%M%S}")
     write_csv(rankings, analyses, folder / "summary_table.csv")
     write_pairs(rankings, folder / "pairs.csv")
+    evaluated = write_evaluations(list(rows_for_csv(rankings)), folder / "evaluations.csv")
     write_html(rankings, analyses, problems, folder / "report.html", command_line(argv), arguments.log_x)
 
     console = make_console()
@@ -86,6 +92,7 @@ def main(argv=None):
         "summary_table.csv",
         "summary_table.md",
         "pairs.csv",
+        *evaluated,
         *(path.name for paths in plots for path in paths),
     ]
     console.print(f"\nWrote {', '.join(written)} to {folder.as_posix()}/", style="dim", soft_wrap=True)
@@ -96,7 +103,7 @@ def plot_ranking(number, rankings, folder, log_x, problems):
     paths, troubles = draw_curves(rankings[number], folder, prefix, log_x)
     for trouble in add_new(problems, troubles):
         print(f"incomplete: {trouble}", file=sys.stderr)
-    return paths
+    return paths + draw_loss_parts(rankings[number], folder / f"{prefix}loss_parts.png")
 
 
 def add_new(problems, troubles):

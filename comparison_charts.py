@@ -10,9 +10,19 @@ import math
 import numpy as np
 
 from comparison_curves import AXES, curve
+from comparison_evals import any_number, groups_of, means_and_range
 from comparison_plots import loss_limits
 from comparison_ranking import WHAT
-from comparison_svg import Series, interval_chart, line_chart, padded, plain_number, scatter_chart, tokens_number
+from comparison_svg import (
+    Series,
+    group_chart,
+    interval_chart,
+    line_chart,
+    padded,
+    plain_number,
+    scatter_chart,
+    tokens_number,
+)
 
 MAX_LINES = 10  # configurations in one chart
 MAX_POINTS = 40
@@ -67,6 +77,33 @@ def line_of(ranking, configuration, index, curves, axis):
         line.low.append(min(losses))
         line.high.append(max(losses))
     return line
+
+
+# -- what evaluate.py found
+
+
+def eval_charts(ranking, found):
+    """[svg, ...], one for each panel of an EvalFindings: a line for each configuration over the panel's groups."""
+    return [eval_chart(ranking, found, name, panel) for name, panel in found.panels.items()]
+
+
+def eval_chart(ranking, found, name, panel):
+    groups, lines = groups_of(panel), []
+    for index, each in enumerate(ranking.configurations[:MAX_LINES]):
+        there = {group: values for group, values in panel.get(each, {}).items() if any_number(values)}
+        line = Series(f"{ranking.numbers[each].lstrip('#')} {each.label}", index, [], [])
+        for group in (group for group in groups if group in there):
+            mean, low, high = means_and_range(there[group])
+            line.x.append(groups.index(group))
+            line.y.append(mean)
+            line.low.append(low)
+            line.high.append(high)
+        line.dots = list(zip(line.x, line.y, strict=True))
+        lines += [line] if there else []
+    low, high = padded([value for line in lines for value in (*line.low, *line.high)])
+    if found.unit == "share":
+        low, high = max(0.0, low), min(1.0, high)
+    return group_chart(lines, groups, name, found.unit, (low, high), f"{found.title}: {name}")
 
 
 # -- differences, orders, fronts

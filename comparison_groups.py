@@ -6,6 +6,7 @@ draw_groups({'gpt2': {'recall': {'seen': 1.2, 'new': 3.4}}, 'mamba': ...}, 'loss
 import math
 import warnings
 
+from comparison_evals import any_number, findings_of, groups_of, means_and_range
 from comparison_plots import LINE_STYLES, MAX_CURVES, PALETTE, STYLE
 
 
@@ -34,6 +35,25 @@ def draw_groups(values, y_label, path):
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
         figure.savefig(path, dpi=110)
         plt.close(figure)
+
+
+def draw_loss_parts(ranking, path):
+    """Write the parts of the loss of a ranking's configurations, means over seeds; [path], or [] without any."""
+    found = next((each for each in findings_of(ranking) if each.kind == "loss"), None)
+    if found is None or not found.panels:
+        return []
+    values = {}
+    for each, _ in found.rows:
+        values[f"{ranking.numbers[each]} {each.label}"] = {
+            name: {group: mean_of(panel.get(each, {}).get(group, [])) for group in groups_of(panel)}
+            for name, panel in found.panels.items()
+        }  # fmt: skip
+    draw_groups(values, f"loss, {found.unit}", path)
+    return [path]
+
+
+def mean_of(numbers):
+    return means_and_range(numbers)[0] if any_number(numbers) else None
 
 
 def draw_panel(axis, values):

@@ -14,10 +14,12 @@ from comparison_charts import (
     MAX_LINES,
     curve_charts,
     difference_charts,
+    eval_charts,
     order_charts,
     pareto_charts,
     scaling_charts,
 )
+from comparison_evals import findings_of
 from comparison_html_style import STYLE
 from comparison_ranking import WHAT, cell, component_effects, name_of, numbers_of, p_text
 from comparison_runs import BOOKKEEPING, differing_fields, setting_text, value_text
@@ -40,6 +42,14 @@ from comparison_words import (
 MAX_PAIRS = 120  # rows of the pairs' table
 MAX_RUNS = 150  # configurations with a section of their own
 CLAIMS = {(LOSS,): "loss", (SPEED,): "speed", (LOSS, SPEED): "loss and speed", (): ""}
+EVAL_TOLD = {
+    "prompts": "What each wrote after short prompts (score: of the points; passed: of the prompts), and how often the "
+    "best answer was likelier per byte than every wrong one (chosen). Higher is better.",
+    "lm_eval": "One metric of each task. Perplexities and bits are better low, all others high.",
+    "loss": "The validation loss of the last checkpoint by the length of the context, by whether the token before and "
+    "the target stood side by side earlier (seen, new), by how frequent the target is in training, and by how much "
+    "text stands before it. Nats per token; lower is better.",
+}
 WORDS = {"voids": "ranked apart", "warns": "careful", "note": "note"}
 
 
@@ -134,6 +144,7 @@ def ranking_article(ranking, analysis, number, n_rankings, log_x):
         ("table", "Ranking", table_part(ranking)),
         ("pairs", "Differences", pairs_part(ranking)),
         ("curves", "Learning curves", curves_part(ranking, analysis, log_x)),
+        ("evals", "Evaluations", evals_part(ranking)),
         ("costs", "Cost of a loss", costs_part(ranking, analysis)),
         ("order", "Rank stability", order_part(ranking, analysis)),
         ("pareto", "Pareto fronts", pareto_part(ranking, analysis)),
@@ -247,6 +258,19 @@ def curves_part(ranking, analysis, log_x):
     if absent:
         told.append(f"Left out, as no run recorded it: {', '.join(absent)}.")
     return tag("p", escape(" ".join(told))) + figures(charts)
+
+
+def evals_part(ranking):
+    """What evaluate.py found, beside the loss: a table and charts for each kind of evaluation."""
+    first, text = next(column for column in ranking.columns if column.name == ranking.loss_column), ""
+    for found in findings_of(ranking):
+        headers = ["#", "run", f">{escape(first.title)}", *(f">{escape(name)}" for name in found.columns)]
+        places = {each: place for place, each in ranking.places()}
+        rows = [[places[each], escape(name_of(each)), escape(cell(each, first.name)), *map(escape, cells)]
+                for each, cells in found.rows[:MAX_RUNS]]  # fmt: skip
+        text += tag("h3", escape(found.title)) + tag("p", escape(f"{EVAL_TOLD[found.kind]} Asked: {found.note}."))
+        text += table(headers, rows, "evals") + figures(eval_charts(ranking, found))
+    return text
 
 
 def costs_part(ranking, analysis):

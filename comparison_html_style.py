@@ -56,9 +56,10 @@ th{background:var(--tint);font-weight:600}
 small{color:var(--soft)}
 table.wordy td{white-space:normal;min-width:7.5em;overflow-wrap:break-word}
 table.wordy td:first-child{min-width:5em}
-table.ranking td:nth-child(2),table.ranking th:nth-child(2){position:sticky;left:0;background:var(--card);z-index:1;
+table.ranking td:nth-child(2),table.ranking th:nth-child(2),
+table.evals td:nth-child(2),table.evals th:nth-child(2){position:sticky;left:0;background:var(--card);z-index:1;
 max-width:16em;white-space:normal;min-width:8.5em;overflow-wrap:anywhere}
-table.ranking th:nth-child(2){background:var(--tint)}
+table.ranking th:nth-child(2),table.evals th:nth-child(2){background:var(--tint)}
 table.ranking td:nth-child(4){white-space:normal;min-width:10em}
 table.ranking tbody tr:first-child td{font-weight:600}
 .badge{display:inline-block;padding:0 8px;border-radius:10px;font-size:.8rem;line-height:1.6;white-space:nowrap;

@@ -138,6 +138,13 @@ def write_pairs(rankings, path):
     write_table(rows, PAIR_COLUMNS, path)
 
 
+def write_evaluations(rows, path):
+    """evaluations.csv, where there is anything to write; the names of the files written."""
+    if rows:
+        write_table(rows, list(rows[0]), path)
+    return [path.name] if rows else []
+
+
 def pair_row(number, ranking, pair):
     difference = pair.difference
     values = (number, pair.first.label, pair.second.label, ranking.loss_column, difference.mean, difference.half_width,

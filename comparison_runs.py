@@ -123,6 +123,11 @@ class Run:
         return rows
 
     @functools.cached_property
+    def evals(self):
+        """{kind: line} of evals.jsonl: of the latest checkpoint that has one, or of where the run is held."""
+        return last_evals(self.folder, None if self.held_at is None else self.values["steps"])
+
+    @functools.cached_property
     def log_disagreement(self):
         """How summary.json contradicts the last evaluation in metrics.jsonl, or None: one of them was edited or cut."""
         said = number(self.summary.get("final_val_loss"))
@@ -345,18 +350,28 @@ def prompt_score(folder, step=None):
     Of the checkpoint at `step`, else of the latest that has a line. (None, None) where there is no such line; one that
     was cut off is left out.
     """
+    row = last_evals(folder, step).get("prompts")
+    if row is None or number(row.get("score")) is None:
+        return None, None
+    asked = f"{dig(row, 'prompt_file', 'name')} (sha256 {short(dig(row, 'prompt_file', 'sha256'))})"
+    return (asked, key_of(row.get("decoding")), row["step"]), number(row["score"])
+
+
+def last_evals(folder, step=None):
+    """{kind: line} of a run's evals.jsonl: of each kind the line that was appended last about the checkpoint at `step`,
+    else about the latest checkpoint that has one. What was cut off is left out.
+    """
     try:
         rows = [parse_row(line) for line in (Path(folder) / "evals.jsonl").read_bytes().splitlines()]
     except OSError:
-        return None, None
-    rows = [row for row in rows if row and row.get("kind") == "prompts" and number(row.get("score")) is not None]
-    rows = [row for row in rows if step in (None, row["step"])]
-    if not rows:
-        return None, None
-    last_step = max(row["step"] for row in rows)
-    row = [row for row in rows if row["step"] == last_step][-1]
-    asked = f"{dig(row, 'prompt_file', 'name')} (sha256 {short(dig(row, 'prompt_file', 'sha256'))})"
-    return (asked, key_of(row.get("decoding")), last_step), number(row["score"])
+        return {}
+    found = {}
+    for row in rows:
+        if row is not None and step in (None, row["step"]):
+            kind = str(row.get("kind"))
+            if kind not in found or found[kind]["step"] <= row["step"]:
+                found[kind] = row
+    return found
 
 
 def prompt_problems(runs):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 WIDTH, HEIGHT = 380, 270
 LEFT, TOP, BOTTOM = 54, 12, 44
 LABEL_ROOM = 106  # to the right of the lines, for their names
+GROUP_ROOM = 130  # for the name of a group, which stands aslant below the lines
 N_COLORS = 7
 LETTER = 8.2  # pixels a letter of a label takes
 
@@ -142,22 +143,28 @@ def cut(name, room=LABEL_ROOM):
 
 def axes(x_scale, y_scale, x_label, y_label, x_text, y_text):
     """Grid, ticks and labels."""
-    right, bottom = x_scale.end, y_scale.start
-    parts = []
-    y_ticks, x_ticks = y_scale.ticks(5), x_scale.ticks(4)
+    bottom, x_ticks = y_scale.start, x_scale.ticks(4)
+    parts = [y_axis(x_scale, y_scale, y_label, y_text)]
+    for tick, said in zip(x_ticks, tick_texts(x_ticks, x_text), strict=True):
+        x = x_scale(tick)
+        parts.append(element("line", x1=number(x), x2=number(x), y1=number(bottom), y2=number(bottom + 4), class_="a"))
+        parts.append(text(x, bottom + 16, said, text_anchor="middle"))
+    parts.append(text((x_scale.start + x_scale.end) / 2, bottom + 36, x_label, text_anchor="middle", class_="t"))
+    return "".join(parts)
+
+
+def y_axis(x_scale, y_scale, y_label, y_text):
+    """The horizontal grid with its numbers and label, and the line at the bottom."""
+    right, bottom, parts = x_scale.end, y_scale.start, []
+    y_ticks = y_scale.ticks(5)
     for tick, said in zip(y_ticks, tick_texts(y_ticks, y_text), strict=True):
         y = y_scale(tick)
         parts.append(
             element("line", x1=number(x_scale.start), x2=number(right), y1=number(y), y2=number(y), class_="g")
         )
         parts.append(text(x_scale.start - 6, y + 3.5, said, text_anchor="end"))
-    for tick, said in zip(x_ticks, tick_texts(x_ticks, x_text), strict=True):
-        x = x_scale(tick)
-        parts.append(element("line", x1=number(x), x2=number(x), y1=number(bottom), y2=number(bottom + 4), class_="a"))
-        parts.append(text(x, bottom + 16, said, text_anchor="middle"))
     parts.append(element("line", x1=number(x_scale.start), x2=number(right), y1=number(bottom), y2=number(bottom),
                          class_="a"))  # fmt: skip
-    parts.append(text((x_scale.start + right) / 2, bottom + 36, x_label, text_anchor="middle", class_="t"))
     middle = (y_scale.start + y_scale.end) / 2
     parts.append(text(12, middle, y_label, text_anchor="middle", class_="t", transform=f"rotate(-90 12 {middle:.1f})"))
     return "".join(parts)
@@ -237,6 +244,23 @@ def end_labels(series, x_scale, y_scale):
         drawn += element("path", d=path, class_=f"k {color}")
         drawn += text(right + 11, place + 3.5, cut(each.name, LABEL_ROOM - 12), class_=f"n {color}")
     return drawn if len(series) > 1 else ""
+
+
+def group_chart(series, groups, x_label, y_label, y_limits, title):
+    """Lines over named groups; x of the series are indices into them. Names of groups stand aslant."""
+    right, bottom = WIDTH - (LABEL_ROOM if len(series) > 1 else 24), HEIGHT - BOTTOM
+    x_scale = Scale(-0.3, len(groups) - 0.7, LEFT, right)
+    y_scale = Scale(*y_limits, bottom, TOP)
+    drawn, names = y_axis(x_scale, y_scale, y_label, plain_number), [cut(name, GROUP_ROOM) for name in groups]
+    for index, name in enumerate(names):
+        x = x_scale(index)
+        drawn += element("line", x1=number(x), x2=number(x), y1=number(bottom), y2=number(bottom + 4), class_="a")
+        turn = f"rotate(-35 {number(x)} {number(bottom + 14)})"
+        drawn += text(x + 3, bottom + 14, name, text_anchor="end", transform=turn)
+    room = 26 + 0.57 * LETTER * max(map(len, names))  # 0.57 is the sine of 35 degrees
+    drawn += text((LEFT + right) / 2, bottom + room + 8, x_label, text_anchor="middle", class_="t")
+    drawn += "".join(line_with_band(each, x_scale, y_scale) for each in series)
+    return picture(drawn + end_labels(series, x_scale, y_scale), title, round(bottom + room + 18))
 
 
 def scatter_chart(points, front, x_label, y_label, title, x_text=plain_number):

@@ -8,6 +8,7 @@ from collections import defaultdict
 
 from comparison_analysis import ratio_to
 from comparison_audit import CHECKS, audit
+from comparison_evals import findings_of
 from comparison_ranking import (
     WHAT,
     alike_in_size,
@@ -360,6 +361,18 @@ def flops_law_text(found):
     return text if n_lowest > 1 else text.replace("1 sizes are lowest in turn", alone)
 
 
+def eval_sections(ranking, limit):
+    """What evaluate.py found, a section for each kind of evaluation."""
+    sections = []
+    for found in findings_of(ranking):
+        rows = [(f"{ranking.numbers[each]} {each.label}" if ranking.numbers[each] != each.label else each.label,
+                 " · ".join(f"{name} {said}" for name, said in zip(found.columns, cells, strict=True)))
+                for each, cells in found.rows]  # fmt: skip
+        more = [(f"and {len(rows) - limit} more", "")] if len(rows) > limit else []
+        sections.append((f"{found.title}: {found.note}", "bold", rows[:limit] + more))
+    return sections
+
+
 def sections_before(ranking, limit):
     return rules_section(ranking) + finding_sections(ranking, "warns", limit)
 
@@ -368,4 +381,5 @@ def sections_after(ranking, analysis, limit):
     claims = claim_section(ranking, limit + 2) + effect_section(ranking, limit + 2)
     costs = cost_section(ranking, analysis, limit + 2) + stability_section(ranking, analysis)
     rest = pareto_section(ranking, analysis) + scaling_section(analysis)
+    costs = eval_sections(ranking, limit + 7) + costs
     return claims + costs + rest + component_section(ranking, limit) + finding_sections(ranking, "note", limit)

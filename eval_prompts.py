@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from model_builder import NotFiniteError
 from user_errors import UserError, did_you_mean
 
 MAX_BATCH = 32  # sequences of one length that a forward pass takes
@@ -249,7 +250,11 @@ def run_prompts(model, tokenizer, prompts, decoding, progress=lambda done: None)
         score_answers(model, tokenizer, asked)
         done = 0
         for group, ids in groups_of(model, asked, decoding):
-            write_on(model, tokenizer, group, ids, decoding)
+            try:
+                write_on(model, tokenizer, group, ids, decoding)
+            except NotFiniteError:
+                for result in group:
+                    result.note = "failed, for the logits are not finite"
             done += len(group)
             progress(done / len(asked))
     model.train(was_training)

@@ -132,7 +132,8 @@ class LossTask:
         return {name: {group: each["loss"] for group, each in parts[name].items()} for name in parts if name != "whole"}
 
     def notes(self, results):
-        return [f"longer contexts were left out: {results[1]}"] if results[1] else []
+        cut = [f"longer contexts were left out: {results[1]}"] if results[1] else []
+        return cut if math.isfinite(results[0]["whole", "all"].loss) else [*cut, "its loss is not finite"]
 
     def cells(self, results):
         groups, _ = results

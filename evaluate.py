@@ -5,6 +5,7 @@
     python evaluate.py --prompts eval/prompts_code.json --all_checkpoints --out_dir comparisons/eval_code
     python evaluate.py --at_tokens 1M,10M --temperature 0.8 --num_samples 5  # runs at equal tokens; sampled
     python evaluate.py --loss --out_dir comparisons/loss                     # where the validation loss comes from
+    python evaluate.py --lm_eval=hellaswag,piqa                              # EleutherAI's harness, on any run
 
 It reads run folders as train.py leaves them; only --loss needs their dataset too. It leaves behind, in a folder of its
 own that is never written over:
@@ -15,6 +16,7 @@ own that is never written over:
     difficulty_breakdown.csv  the same by difficulty
     breakdown.png             both of these drawn, a line for each run and checkpoint
     loss_breakdown.csv        of --loss, in place of the CSV files above: context, position, recall, frequency
+    lm_eval_results.csv       of --lm_eval, likewise: every metric of every task
 
 and a line in each run's evals.jsonl, from which compare_architectures.py shows the score beside the loss.
 """
@@ -33,6 +35,7 @@ import training_checkpoint as checkpoint
 from comparison_folders import fresh_folder, token_count
 from comparison_groups import draw_groups
 from comparison_runs import all_run_folders, named_folders
+from eval_lm_harness import HarnessTask
 from eval_prompts import Decoding, load_prompts
 from eval_tasks import LossTask, PromptTask
 from model_builder import ConfigurableGPT
@@ -81,6 +84,10 @@ def parse(arguments):
     add("--seed", type=int, default=1337)
     add("--loss", action="store_true", help="take the validation loss apart instead; this needs the dataset")
     add("--loss_tokens", type=int, default=2**17, metavar="N", help="validation tokens that --loss reads (131072)")
+    add("--lm_eval", metavar="TASK,TASK", help="ask these tasks of EleutherAI's harness (pip install lm_eval)")
+    add("--lm_eval_tasks", metavar="DIR", help="a folder of tasks of your own for it, as YAML files")
+    add("--lm_eval_shots", type=int, metavar="N", help="examples before each question; each task's own by default")
+    add("--lm_eval_limit", type=int, metavar="N", help="only the first questions of each task, to try it out")
     add("--no_plots", action="store_true", help="leave the figure out")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(arguments)
@@ -90,7 +97,7 @@ def parse(arguments):
 
 def check(args):
     least = {"checkpoint_step": 0, "temperature": 0, "top_k": 1, "num_samples": 1, "max_new_bytes": 1, "seed": 0,
-             "loss_tokens": 1}  # fmt: skip
+             "loss_tokens": 1, "lm_eval_shots": 0, "lm_eval_limit": 1}  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and not bound <= value < float("inf"):
@@ -101,6 +108,16 @@ def check(args):
         raise UserError(
             f"--num_samples={args.num_samples} with --temperature=0 would be one text many times; use --temperature=0.8"
         )
+    names = [name.strip() for name in (args.lm_eval or "").split(",") if name.strip()]
+    if args.lm_eval is not None and not names:
+        raise UserError(f"--lm_eval={args.lm_eval} names no task; such as --lm_eval=hellaswag,piqa")
+    args.lm_eval = list(dict.fromkeys(names))
+    if args.lm_eval and args.loss:
+        raise UserError("--loss and --lm_eval are two evaluations; ask for one at a time")
+    if not args.lm_eval:
+        for name in ("lm_eval_tasks", "lm_eval_shots", "lm_eval_limit"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name}={getattr(args, name)} does nothing without --lm_eval=TASK")
     if args.checkpoint is not None:
         found = re.fullmatch(r"checkpoint-(\d+)", Path(args.checkpoint).name)
         if not found:
@@ -219,6 +236,8 @@ def main(arguments):
 def task_of(args):
     if args.loss:
         return LossTask(args.loss_tokens)
+    if args.lm_eval:
+        return HarnessTask(args.lm_eval, args.lm_eval_tasks, args.lm_eval_shots, args.lm_eval_limit, args.seed)
     decoding = Decoding(args.temperature, args.top_k, args.top_p, args.num_samples, args.max_new_bytes, args.seed)
     return PromptTask(load_prompts(args.prompts), decoding)
 

@@ -25,8 +25,12 @@ class Mixer(nn.Module):
 
     `forward(x, positions=None, document_ids=None) -> y` with x and y (B, T, C). `positions` (T,) or (B, T) default to
     0..T-1; tokens of different `document_ids` (B, T) must not see each other.
+
+    A mixer that `carries` hands tensors on to mixers in later blocks: given `carried`, a dict from the block before,
+    `forward` and `step` also return the dict for the next, which is a new one where it holds more.
     """
 
+    carries = False
     no_weight_decay = ()
     own_init = ()
     residual_out = ()

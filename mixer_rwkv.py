@@ -5,8 +5,8 @@
 with kappa of length 1. S is (K, V) here, the transpose of the paper's. `recurrent` is the equation, `chunk` the same in
 matrix products and one triangular solve for each chunk.
 
-The paper's blocks differ from these in two things that do not fit into a mixer: from the second layer on, values are
-mixed with those of the first layer, and the FFN has a token shift.
+From the second layer on a token's value is mixed with the one that the first layer gave it (section 4.1, as in Zhou et
+al. 2024). In a hybrid the first layer is the first of this kind. The FFN `rwkv7` has a token shift too.
 """
 
 from typing import ClassVar
@@ -29,10 +29,11 @@ from mixer_chunks import (
 from mixer_delta import delta_carry, solve_unit_lower
 from mixer_linear import check_options, split_heads
 from mixer_short_conv import document_runs, token_shift
-from model_components import Norm
+from model_components import ACTIVATION_REGISTRY, FFN_REGISTRY, Norm, StandardFFN
 from user_errors import UserError
 
 FASTEST_LOG_DECAY = -0.6065306597126334  # -exp(-1/2): no channel forgets faster per token (eq. 12)
+FIRST_VALUE = "rwkv7 value"  # what it hands on from layer to layer is known by this name
 LONGEST_CHUNK = 128  # tokens; exp(0.6065 x 128) is the largest that float32 holds with room to spare
 
 # ---- the recurrence, token by token ---------------------------------------------------------------------------------
@@ -171,6 +172,8 @@ class RWKV7(Mixer):
         decay_rank: int | None = None  # width inside the decay's low-rank pair; None is the authors' 2.5 sqrt(n_embd)
         rate_rank: int | None = None  # inside the learning rate's; None is 2.5 sqrt(n_embd)
         output_gate_rank: int | None = None  # inside the output gate's; None is 5 sqrt(n_embd)
+        value_residual: bool = True  # mix values with the first layer's
+        value_rank: int | None = None  # inside the gate of that mixture; None is 1.7 sqrt(n_embd)
 
     def __init__(self, config, layer_index):
         super().__init__()
@@ -178,7 +181,7 @@ class RWKV7(Mixer):
         check_options(config, o, self.forms)
         if o.chunk_size > LONGEST_CHUNK:
             raise UserError(f"chunk_size={o.chunk_size} would overflow float32 in 'rwkv7'; use {LONGEST_CHUNK} or less")
-        for name in ("decay_rank", "rate_rank", "output_gate_rank"):
+        for name in ("decay_rank", "rate_rank", "output_gate_rank", "value_rank"):
             if getattr(o, name) is not None and getattr(o, name) < 1:
                 raise UserError(f"{name}={getattr(o, name)} must be at least 1, or None")
         C = config.n_embd
@@ -194,6 +197,10 @@ class RWKV7(Mixer):
         self.rate = LowRank(C, o.rate_rank or usual_rank(2.5, C), nn.Identity())
         self.gate = LowRank(C, o.output_gate_rank or usual_rank(5, C), torch.sigmoid, bias=False)
         self.norm = HeadNorm(C, self.n_head, config)
+        self.carries, self.value_gate = o.value_residual, None
+        if o.value_residual and layer_index > first_layer(config):
+            self.value_gate = LowRank(C, o.value_rank or usual_rank(1.7, C), nn.Identity())
+            self.own_init = (*self.own_init, "value_gate.up.bias")
 
     def init_own_parameters(self, generator):
         """RWKV-LM's: decays from slow to fast along the channels, and zigzag inside a head; output zero."""
@@ -211,22 +218,37 @@ class RWKV7(Mixer):
         self.bonus.fill_(-0.04)
         self.decay.up.bias.copy_(-6 + 6 * along ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag)
         self.rate.up.bias.copy_(-0.19 + 0.3 * zigzag + 0.4 * (along - 0.5))
+        if self.value_gate is not None:
+            self.value_gate.up.bias.copy_(0.73 - 0.4 * (along - 0.5))
         self.norm.weight.fill_(((self.layer_index + 1) / self.n_layer) ** 0.7)
         for linear, size in ((self.receptance, 0.5), (self.key, 0.05), (self.value, 0.5)):
             values = torch.rand(linear.weight.shape, generator=generator)
             linear.weight.copy_((2 * values - 1) * size * C**-0.5)
         self.out.weight.zero_()
 
-    def prepare(self, x, previous):
-        """x (B, T, C) and each token's predecessor -> ({argument: (B, H, T, D)} for the recurrence, gate (B, T, C))."""
+    def prepare(self, x, previous, carried=None):
+        """x (B, T, C) and each token's predecessor -> ({argument: (B, H, T, D)} of the recurrence, gate (B, T, C)).
+
+        Args:
+            carried: holds the first layer's value (B, T, C) where this is a later one.
+        """
         r, w, k, v, a, g = (torch.lerp(x, previous, lean) for lean in self.shift)
-        r, k, v = self.receptance(r), self.key(k), self.value(v)
+        r, k, v = self.receptance(r), self.key(k), self.mixed_value(v, carried)
         log_decay = FASTEST_LOG_DECAY * self.heads(self.decay(w)).sigmoid()
         rate = self.heads(self.rate(a)).sigmoid()
         kappa = F.normalize(self.heads(k * self.kappa_scale), dim=-1)
         k = self.heads(k) * (1 + (rate - 1) * self.per_head(self.rate_in_key))
         inputs = {"r": self.heads(r), "log_decay": log_decay, "k": k, "v": self.heads(v)}
         return {**inputs, "kappa": kappa, "rate": rate}, self.gate(g)
+
+    def mixed_value(self, x, carried):
+        """(B, T, C), the token shift's -> values (B, T, C): this layer's, and the first one's as far as a gate says."""
+        value = self.value(x)
+        if self.value_gate is None:
+            return value
+        if not carried or FIRST_VALUE not in carried:
+            raise ValueError("a later rwkv7 layer reads the first one's value: call it with what that one handed on")
+        return torch.lerp(value, carried[FIRST_VALUE].to(value.dtype), self.value_gate(x).sigmoid())
 
     def heads(self, x):
         return split_heads(x, self.n_head)
@@ -235,19 +257,23 @@ class RWKV7(Mixer):
         """(C,) or (H, D) -> (H, 1, D), to stand beside (B, H, T, D)."""
         return parameter.view(self.n_head, 1, self.head_dim)
 
-    def forward(self, x, positions=None, document_ids=None):
-        return self._run(x, {}, document_runs(document_ids), keep_state=False)[0]
+    def forward(self, x, positions=None, document_ids=None, carried=None):
+        y, _, handed_on = self._run(x, {}, document_runs(document_ids), carried, keep_state=False)
+        return y if carried is None else (y, handed_on)
 
-    def _run(self, x, state, runs=None, keep_state=True):
+    def _run(self, x, state, runs=None, carried=None, keep_state=True):
+        """(y, state, carried with the first value in it)."""
         previous, last_input = token_shift(x, state.get("last_input"), runs)
-        inputs, gate = self.prepare(x, previous)
+        inputs, gate = self.prepare(x, previous, carried)
         with torch.autocast(x.device.type, enabled=False):  # sums over a whole text need their digits
             form = self.forms["recurrent" if x.size(1) == 1 else self.form]
             y, memory = form(**inputs, state=state.get("memory"), runs=runs, chunk_size=self.chunk_size,
                              keep_state=keep_state)  # fmt: skip
         now = (inputs["r"] * inputs["k"] * self.per_head(self.bonus)).sum(-1, keepdim=True) * inputs["v"]
         y = self.norm(merge_heads(y).to(x.dtype)) + merge_heads(now).to(x.dtype)
-        return self.out(y * gate), {"memory": memory, "last_input": last_input}
+        if carried is not None and FIRST_VALUE not in carried:
+            carried = {**carried, FIRST_VALUE: merge_heads(inputs["v"])}
+        return self.out(y * gate), {"memory": memory, "last_input": last_input}, carried
 
     # -- one token at a time
 
@@ -258,9 +284,10 @@ class RWKV7(Mixer):
         memory = torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
         return {"memory": memory, "last_input": torch.zeros(batch, 1, self.shift.size(1), device=device, dtype=dtype)}
 
-    def step(self, x, state):
-        y, after = self._run(x, state)
-        return y, {**after, "last_input": after["last_input"].clone()}  # a view would hold all inputs in memory
+    def step(self, x, state, carried=None):
+        y, after, handed_on = self._run(x, state, carried=carried)
+        after["last_input"] = after["last_input"].clone()  # a view would hold all inputs in memory
+        return (y, after) if carried is None else (y, after, handed_on)
 
     def state_bytes(self, T, dtype=torch.float32):
         size = torch.promote_types(dtype, torch.float32).itemsize
@@ -288,6 +315,51 @@ class RWKV7(Mixer):
             return 4 * D * D, 4 * D * D
         C, padding = padded_chunks(T, chunk_length(T, self.chunk_size))
         return padding * (16 * C * D + (2 * C * D + 8 * D * D if T > C else 0)), 0
+
+
+def first_layer(config):
+    """Index of the first block with this mixer, alone or beside others."""
+    for layer, (names, _) in enumerate(config.blocks()):
+        if any(issubclass(MIXER_REGISTRY[name], RWKV7) for name in names.split("+")):
+            return layer
+    return 0
+
+
+@FFN_REGISTRY("rwkv7")
+class ChannelMixing(StandardFFN):
+    """down(relu(up(x + (x of the token before - x) * shift))^2), RWKV-7's (Peng et al. 2025, section 4.4)."""
+
+    looks_back = True
+    residual_out = ()
+    own_init = ("shift", "up.weight", "down.weight")
+    no_weight_decay = ("shift",)
+
+    def __init__(self, config, layer_index):
+        super().__init__(config, layer_index)
+        self.lean = (1 - layer_index / config.n_layer) ** 4
+        self.shift = nn.Parameter(torch.empty(config.n_embd))
+        self.activation = ACTIVATION_REGISTRY["relu2"]
+
+    def init_own_parameters(self, generator):
+        """RWKV-LM's."""
+        C = self.shift.numel()
+        self.shift.copy_(1 - (torch.arange(C, dtype=torch.float32) / C) ** self.lean)
+        self.up.weight.copy_((2 * torch.rand(self.up.weight.shape, generator=generator) - 1) * 0.5 * C**-0.5)
+        self.down.weight.zero_()
+
+    def forward(self, x, document_ids=None):
+        previous, _ = token_shift(x, None, document_runs(document_ids))
+        return super().forward(torch.lerp(x, previous, self.shift))
+
+    def init_state(self, batch, device=None, dtype=None):
+        return torch.zeros(batch, 1, self.shift.numel(), device=device, dtype=dtype)
+
+    def step(self, x, state):
+        previous, last = token_shift(x, state)
+        return super().forward(torch.lerp(x, previous, self.shift)), last.clone()
+
+    def state_bytes(self, T, dtype=torch.float32):
+        return self.shift.numel() * dtype.itemsize
 
 
 def merge_heads(x):

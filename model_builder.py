@@ -39,6 +39,16 @@ for _path in sorted(Path(__file__).parent.glob("mixer_*.py")):
 IGNORE_INDEX = -100  # a target that is not supervised
 
 
+class NotFiniteError(UserError):
+    """A model whose logits are NaN or infinite was asked for text or for its likelihood."""
+
+    def __init__(self):
+        super().__init__(
+            "the model's logits are not finite, so it can write and score nothing: its training diverged, or half "
+            "precision overflows; take an earlier checkpoint"
+        )
+
+
 # ---- the network ----------------------------------------------------------------------------------------------------
 
 
@@ -56,6 +66,8 @@ class Block(nn.Module):
         width, self.norm_position, self.parallel = config.n_embd, config.norm_position, config.parallel_blocks
         self.mixer = build_mixer(mixer, config, layer_index)
         self.ffn = FFN_REGISTRY[ffn](config, layer_index) if ffn != "none" else None
+        self.carries = getattr(self.mixer, "carries", False)
+        self.ffn_looks_back = getattr(self.ffn, "looks_back", False)
         self.mixer_norm = norm(width, config)
         self.ffn_norm = norm(width, config) if self.ffn is not None and not self.parallel else None
         sandwich = config.norm_position == "sandwich"
@@ -65,31 +77,67 @@ class Block(nn.Module):
         self.ffn_scale = ResidualScale(config) if self.ffn is not None else None
         self.dropout = config.dropout
 
-    def forward(self, x, positions=None, document_ids=None):
-        return self._through(x, lambda h: self.mixer(h, positions, document_ids))
-
-    def step(self, x, state):
-        """x (B, S, C), the next tokens -> (x, state)."""
-        new_state = []
+    def forward(self, x, positions=None, document_ids=None, carried=None):
+        """x (B, T, C) -> x; with `carried`, the dict that mixers hand on to later blocks -> (x, carried)."""
+        handed_on = carried
 
         def mix(h):
-            y, after = self.mixer.step(h, state)
-            new_state.append(after)
+            nonlocal handed_on
+            if carried is None or not self.carries:
+                return self.mixer(h, positions, document_ids)
+            y, handed_on = self.mixer(h, positions, document_ids, carried)
             return y
 
-        return self._through(x, mix), new_state[0]
+        def feed(h):
+            return self.ffn(h, document_ids) if self.ffn_looks_back else self.ffn(h)
 
-    def _through(self, x, mix):
+        x = self._through(x, mix, feed)
+        return x if carried is None else (x, handed_on)
+
+    def step(self, x, state, carried=None):
+        """x (B, S, C), the next tokens -> (x, state), with `carried` as in forward -> (x, state, carried)."""
+        after, handed_on = {}, carried
+
+        def mix(h):
+            nonlocal handed_on
+            if carried is None or not self.carries:
+                y, after["mixer"] = self.mixer.step(h, state["mixer"])
+            else:
+                y, after["mixer"], handed_on = self.mixer.step(h, state["mixer"], carried)
+            return y
+
+        def feed(h):
+            if not self.ffn_looks_back:
+                return self.ffn(h)
+            y, after["ffn"] = self.ffn.step(h, state["ffn"])
+            return y
+
+        x = self._through(x, mix, feed)
+        return (x, after) if carried is None else (x, after, handed_on)
+
+    def _with_state(self):
+        """{slot: part} of the parts that keep a state."""
+        return {"mixer": self.mixer} | ({"ffn": self.ffn} if self.ffn_looks_back else {})
+
+    def init_state(self, batch, device=None, dtype=None):
+        """{slot: its state before the first token}."""
+        return {slot: part.init_state(batch, device, dtype) for slot, part in self._with_state().items()}
+
+    def state_bytes(self, T, dtype=torch.float32):
+        """Bytes that one sequence must keep to continue at context T."""
+        return sum(part.state_bytes(T, dtype) for part in self._with_state().values())
+
+    def _through(self, x, mix, feed):
         if self.parallel and self.ffn is not None:
             h = self.mixer_norm(x)
             return (
                 x
                 + self._branch(mix(h), self.mixer_out_norm, self.mixer_scale)
-                + self._branch(self.ffn(h), self.ffn_out_norm, self.ffn_scale)
+                + self._branch(feed(h), self.ffn_out_norm, self.ffn_scale)
             )
         x = self._residual(x, mix, self.mixer_norm, self.mixer_out_norm, self.mixer_scale)
         if self.ffn is not None:
-            x = self._residual(x, self.ffn, self.ffn_norm, self.ffn_out_norm, self.ffn_scale)
+            x = self._residual(x, feed, self.ffn_norm, self.ffn_out_norm, self.ffn_scale)
         return x
 
     def _residual(self, x, f, norm, out_norm, scale):
@@ -113,9 +161,17 @@ class ParallelMixers(Mixer):
     def __init__(self, mixers):
         super().__init__()
         self.mixers = nn.ModuleList(mixers)
+        self.carries = any(mixer.carries for mixer in mixers)
 
-    def forward(self, x, positions=None, document_ids=None):
-        return sum(mixer(x, positions, document_ids) for mixer in self.mixers)
+    def forward(self, x, positions=None, document_ids=None, carried=None):
+        y, handed_on = [], carried
+        for mixer in self.mixers:
+            if carried is None or not mixer.carries:
+                y.append(mixer(x, positions, document_ids))
+            else:
+                of_this, handed_on = mixer(x, positions, document_ids, handed_on)
+                y.append(of_this)
+        return sum(y) if carried is None else (sum(y), handed_on)
 
     def describe(self):
         return " | ".join(filter(None, (mixer.describe() for mixer in self.mixers)))
@@ -127,9 +183,16 @@ class ParallelMixers(Mixer):
     def init_state(self, batch, device=None, dtype=None):
         return [mixer.init_state(batch, device, dtype) for mixer in self.mixers]
 
-    def step(self, x, state):
-        stepped = [mixer.step(x, before) for mixer, before in zip(self.mixers, state, strict=True)]
-        return sum(y for y, _ in stepped), [after for _, after in stepped]
+    def step(self, x, state, carried=None):
+        y, after, handed_on = [], [], carried
+        for mixer, before in zip(self.mixers, state, strict=True):
+            if carried is None or not mixer.carries:
+                of_this, held = mixer.step(x, before)
+            else:
+                of_this, held, handed_on = mixer.step(x, before, handed_on)
+            y.append(of_this)
+            after.append(held)
+        return (sum(y), after) if carried is None else (sum(y), after, handed_on)
 
     def mixing_flops(self, T):
         return sum(mixer.mixing_flops(T) for mixer in self.mixers)
@@ -210,6 +273,7 @@ class ConfigurableGPT(nn.Module):
         self.head_transform = HeadTransform(config) if config.head_transform else None
         self.head = nn.Linear(config.n_embd, vocab_size, bias=config.head_transform)
         self._mixing_ffns = any(getattr(block.ffn, "mixes_tokens", False) for block in self.blocks)
+        self._carries = any(block.carries for block in self.blocks)
         self._finding = [(name, part) for name, part in self.named_modules() if isinstance(part, WithFindings)]
         initialise(self, seed)
 
@@ -234,10 +298,18 @@ class ConfigurableGPT(nn.Module):
                 "capacity_factor above 0 lets the documents of a sequence compete for the places of experts; "
                 "use capacity_factor=0 with packed documents"
             )
-        x = self._embed(idx, positions)
-        for block in self.blocks:
-            x = block(x, positions, document_ids)
+        x = self.through_blocks(self._embed(idx, positions), positions, document_ids)
         return self._before_head(x if places is None else x.take_along_dim(places[:, :, None], dim=1))
+
+    def through_blocks(self, x, positions=None, document_ids=None):
+        """x (B, T, C) of the embeddings -> (B, T, C) after the last block."""
+        carried = {} if self._carries else None
+        for block in self.blocks:
+            if carried is None:
+                x = block(x, positions, document_ids)
+            else:
+                x, carried = block(x, positions, document_ids, carried)
+        return x
 
     def _before_head(self, x):
         """(..., C) of the last block -> (..., C), what the head reads."""
@@ -309,15 +381,18 @@ class ConfigurableGPT(nn.Module):
         self._require_causal()
         device = device or self.head.weight.device
         dtype = dtype or self.head.weight.dtype
-        return {"length": 0, "blocks": [block.mixer.init_state(batch, device, dtype) for block in self.blocks]}
+        return {"length": 0, "blocks": [block.init_state(batch, device, dtype) for block in self.blocks]}
 
     def step(self, idx, state):
         """idx (B, S), the next tokens -> (logits (B, S, V), state)."""
         self._require_causal()
         new = torch.arange(state["length"], state["length"] + idx.size(1), device=idx.device)
-        x, states = self._embed(idx, new), []
+        x, states, carried = self._embed(idx, new), [], {} if self._carries else None
         for block, before in zip(self.blocks, state["blocks"], strict=True):
-            x, after = block.step(x, before)
+            if carried is None:
+                x, after = block.step(x, before)
+            else:
+                x, after, carried = block.step(x, before, carried)
             states.append(after)
         return self.logits(self._before_head(x)), {"length": state["length"] + idx.size(1), "blocks": states}
 
@@ -328,7 +403,7 @@ class ConfigurableGPT(nn.Module):
     def context_limit(self):
         """Tokens that generation may look back on: block_size, or None when every block's state has one size."""
         T = 4 * self.config.block_size
-        grows = any(block.mixer.state_bytes(T) > block.mixer.state_bytes(T // 4) for block in self.blocks)
+        grows = any(block.state_bytes(T) > block.state_bytes(T // 4) for block in self.blocks)
         return self.config.block_size if grows or self.position_embedding is not None else None
 
     @torch.no_grad()
@@ -340,12 +415,16 @@ class ConfigurableGPT(nn.Module):
         When the context is full, its older half is forgotten and the rest read again, with a cache or without, so that
         both give the same tokens. temperature=0 takes the likeliest token. `stop` takes what is there after each token,
         (B, T + n), and ends it early where it says True.
+
+        Raises:
+            NotFiniteError: logits that are not finite, told at the end, so that a GPU is never waited for.
         """
         self._require_causal()
         was_training = self.training
         self.eval()
         limit = self.context_limit()
         context, state = idx[:, -limit:] if limit else idx, None
+        is_finite = torch.ones((), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if limit and context.size(1) > limit:
                 context, state = context[:, -max(1, limit // 2) :], None
@@ -356,11 +435,15 @@ class ConfigurableGPT(nn.Module):
             else:
                 logits, state = self.step(context[:, -1:], state)
             logits = logits[:, -1] if logits.dim() == 3 else logits
+            is_finite = is_finite & logits.isfinite().all()
+            logits = logits.nan_to_num()  # on a GPU a draw from NaN ends the process
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
             idx, context = torch.cat((idx, token), dim=1), torch.cat((context, token), dim=1)
             if stop is not None and stop(idx):
                 break
         self.train(was_training)
+        if not is_finite:
+            raise NotFiniteError()
         return idx
 
 

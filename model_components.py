@@ -303,8 +303,12 @@ class FFN(nn.Module):
 
     Linear weights inside are counted as they stand; a module of which a token uses a part has `active_fraction`, and
     one that keeps linear weights by itself names them in `linear_weights`.
+
+    One that `looks_back`, at earlier tokens of its document, takes `document_ids` as a mixer does, and has a mixer's
+    `init_state`, `step` and `state_bytes`.
     """
 
+    looks_back = False
     residual_out = ("down.weight",)
     # True where a token's neighbours decide how many rows are multiplied together, which may round its own differently
     shapes_depend_on_data = False

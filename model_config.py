@@ -71,7 +71,9 @@ PRESETS = {
     "rwkv7": {
         **_GPT2,
         "block_pattern": "rwkv7",
+        "ffn_type": "rwkv7",
         "activation": "relu2",
+        "embedding_norm": True,
         "position_encoding": "none",
         "bias": False,
         "weight_tying": False,

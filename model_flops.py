@@ -135,7 +135,7 @@ def count(config):
 
 def state_bytes(model, context, dtype=torch.float32):
     """Bytes that generating one sequence keeps at `context` tokens."""
-    return sum(block.mixer.state_bytes(context, dtype) for block in model.blocks)
+    return sum(block.state_bytes(context, dtype) for block in model.blocks)
 
 
 # ---- hardware -------------------------------------------------------------------------------------------------------

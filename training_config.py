@@ -38,7 +38,7 @@ class TrainConfig:
     # -- data
     dataset: str = "python_stdlib"  # a folder under data_dir; prepared on first use when it ships a prepare.py
     data_dir: str = "data"  # where datasets live
-    tokenizer: str | None = None  # byte, char, gpt2, bpe, unigram, wordpiece; None takes the dataset's own
+    tokenizer: str | None = None  # byte, char, gpt2, bpe, unigram, wordpiece, hf:FOLDER; None: the dataset's
     tokenizer_vocab_size: int | None = None  # for tokenizers trained here (bpe, unigram, wordpiece)
     variant: str | None = None  # which size of a dataset, e.g. small or full for tinystories
     input: str | None = None  # a local file or folder to prepare the dataset from, instead of a download

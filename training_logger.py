@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from configurator import save_sources
+from model_builder import NotFiniteError
 from model_flops import active_parameters, mfu, parameters_by_group, state_bytes
 from training_checkpoint import write_atomically, write_json
 from training_ledger import own_scores
@@ -201,7 +202,10 @@ class RunLogger(ConsoleLogger):
             return self.say("no sample: the dataset's tokenizer is unknown")
         prompt = torch.from_numpy(dataset.val[:16].astype("int64"))[None].to(model.head.weight.device)
         generator = torch.Generator(device=prompt.device).manual_seed(seed)
-        ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=generator)
+        try:
+            ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=generator)
+        except NotFiniteError:
+            return self.say("no sample: the model's logits are not finite")
         text = dataset.tokenizer.decode(ids[0])
         (self.folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.say(f"\n{printable(text)}\n")

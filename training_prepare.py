@@ -36,7 +36,15 @@ from training_token_files import (
     shards_of,
     write_json,
 )
-from training_tokenizers import LEARN_FROM_BYTES, TOKENIZER_REGISTRY, as_text, tokenizer_from_meta
+from training_tokenizers import (
+    LEARN_FROM_BYTES,
+    TOKENIZER_REGISTRY,
+    as_text,
+    tokenizer_from_meta,
+    tokenizer_identity,
+    tokenizer_label,
+    tokenizer_part,
+)
 from user_errors import Parser, UserError, did_you_mean, exit_on_user_error
 
 CHUNK_BYTES = 2**20  # of text, encoded together
@@ -68,7 +76,7 @@ def recipe_of(settings):
     `data/tinystories-full-gpt2`, `data/tinystories-bpe8192`, `data/text-mybook`.
     """
     if settings.tokenizer is not None:
-        TOKENIZER_REGISTRY[settings.tokenizer]  # a miss names the nearest
+        tokenizer_part(settings.tokenizer)  # a miss names the nearest
     variant, tokenizer, vocab_size = settings.variant, settings.tokenizer, settings.tokenizer_vocab_size
     parts = [settings.dataset]
     if settings.dataset in CORPUS_REGISTRY:
@@ -92,13 +100,13 @@ def choices_that_differ(corpus, variant, tokenizer, vocab_size):
     if variant != corpus.check_variant(None):
         parts.append(variant)
     if (tokenizer, vocab_size) != (corpus.tokenizer, corpus.tokenizer_vocab_size):
-        parts.append(f"{tokenizer}{vocab_size or ''}")
+        parts.append(f"{tokenizer_label(tokenizer)}{vocab_size or ''}")
     return parts
 
 
 def learned_vocab_size(corpus, tokenizer, asked):
     """The size of a vocabulary that is learned, or None for the others, where asking for one is a mistake."""
-    if TOKENIZER_REGISTRY[tokenizer].takes_vocab_size:
+    if tokenizer_part(tokenizer)[0].takes_vocab_size:
         return asked or corpus.tokenizer_vocab_size or DEFAULT_LEARNED_VOCAB_SIZE
     if asked is not None:
         learned = ", ".join(name for name, part in TOKENIZER_REGISTRY.items() if part.takes_vocab_size)
@@ -117,11 +125,12 @@ def check_meets(meta, recipe):
     tokenizer = meta["tokenizer"] or {}
     there = {
         "variant": meta.get("variant"),
-        "tokenizer": tokenizer.get("name"),
+        "tokenizer": tokenizer.get("identity", tokenizer.get("name")),
         "tokenizer_vocab_size": meta.get("tokenizer_vocab_size"),
         "input": (meta.get("input") or {}).get("name"),
     }
     asked = {name: getattr(recipe, name) for name in there}
+    asked["tokenizer"] = tokenizer_asked(recipe.tokenizer)
     if recipe.input is not None:
         asked["input"] = Path(recipe.input).expanduser().resolve().name
     for name, value in asked.items():
@@ -132,6 +141,13 @@ def check_meets(meta, recipe):
             )
     if recipe.input is not None:
         check_input_unchanged(meta["input"], recipe)
+
+
+def tokenizer_asked(name):
+    """What a prepared dataset's tokenizer must be; None where that is open, or a model's folder is no longer there."""
+    folder = None if name is None else tokenizer_part(name)[1]
+    is_gone = folder is not None and not Path(folder).expanduser().is_dir()
+    return None if name is None or is_gone else tokenizer_identity(name)
 
 
 def check_input_unchanged(recorded, recipe):
@@ -199,6 +215,8 @@ def settings_of(recipe, corpus):
     """What the token files depend on, in JSON: an interrupted preparation goes on only where all of it is the same."""
     names = ("dataset", "variant", "tokenizer", "tokenizer_vocab_size", "shard_tokens")
     settings = {name: getattr(recipe, name) for name in names}
+    if recipe.tokenizer is not None:
+        settings["tokenizer"] = tokenizer_identity(recipe.tokenizer)
     return {**settings, "source": corpus.source(), "input": facts_of_input(corpus)}
 
 
@@ -246,7 +264,9 @@ def available_cores():
 
 def learn_tokenizer(corpus, recipe, advance):
     """The tokenizer of the recipe; one that learns reads its documents first."""
-    part = TOKENIZER_REGISTRY[recipe.tokenizer]
+    part, source = tokenizer_part(recipe.tokenizer)
+    if source is not None:
+        return part.from_folder(source)
     expected_bytes = corpus.expected_bytes()
     if part.takes_vocab_size and expected_bytes is not None:
         expected_bytes = min(expected_bytes, LEARN_FROM_BYTES)
@@ -395,7 +415,8 @@ def prepare_from_command_line(dataset, description, arguments=None):
     corpus = CORPUS_REGISTRY[dataset]
     parser.add_argument("--input", help="a local file or folder to read instead of a download")
     parser.add_argument("--variant", help=f"one of {', '.join(corpus.variants)}" if corpus.variants else "none here")
-    parser.add_argument("--tokenizer", help=f"{', '.join(TOKENIZER_REGISTRY)}; default {corpus.tokenizer}")
+    names = [f"{name}:FOLDER" if part.is_from_folder else name for name, part in TOKENIZER_REGISTRY.items()]
+    parser.add_argument("--tokenizer", help=f"{', '.join(names)}; default {corpus.tokenizer}")
     parser.add_argument("--tokenizer_vocab_size", type=int, help="for bpe, unigram and wordpiece")
     parser.add_argument("--data_dir", default=str(Path(__file__).resolve().parent / "data"), help="where datasets live")
     parser.add_argument(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training_tokenizers import TOKENIZER_REGISTRY, tokenizer_from_meta
+from training_tokenizers import tokenizer_from_meta, tokenizer_part
 from user_errors import UserError
 
 FORMAT = 1
@@ -205,7 +205,7 @@ def describe_token_files(folder, tokenizer=None, vocab_size=None, dtype="uint16"
     also lie in several files, train_00000.bin and on, which are taken in the order of their names.
 
     Args:
-        tokenizer: byte or gpt2, so that text can be read and written; None for tokens of unknown meaning.
+        tokenizer: byte, gpt2 or hf:FOLDER, so that text can be read and written; None for tokens of unknown meaning.
         vocab_size: how many tokens there are; needed only without a tokenizer.
     """
     folder = Path(folder)
@@ -213,12 +213,13 @@ def describe_token_files(folder, tokenizer=None, vocab_size=None, dtype="uint16"
         raise UserError(f"{folder} already has a meta.json; nothing to describe")
     if tokenizer is None and vocab_size is None:
         raise UserError(f"say what the tokens of {folder} are: --tokenizer=gpt2, or --vocab_size=N for unknown ones")
-    if tokenizer is not None and TOKENIZER_REGISTRY[tokenizer].learns_from is not None:
+    part, source = (None, None) if tokenizer is None else tokenizer_part(tokenizer)
+    if part is not None and part.learns_from is not None:
         raise UserError(
             f"tokenizer={tokenizer} is learned from a corpus and cannot be told from its tokens; "
             "prepare the text here instead"
         )
-    known = TOKENIZER_REGISTRY[tokenizer].learn() if tokenizer else None
+    known = None if part is None else part.learn() if source is None else part.from_folder(source)
     token_bytes = known.token_bytes() if known else None
     vocab_size = known.vocab_size if known else vocab_size
     splits = {split: facts_of_split(folder, split, dtype, vocab_size, token_bytes) for split in SPLITS}

@@ -14,7 +14,7 @@ def random(*shape, dtype=torch.float64, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def mixer(name, dtype=torch.float64, layer=1, scale=0.4, **options):
+def mixer(name, dtype=torch.float64, layer=0, scale=0.4, **options):
     """A mixer 16 wide with 4 heads, its weights random and large."""
     size = {"n_layer": 3, "n_head": 4, "n_embd": 16, "block_size": 64, "vocab_size": 5, "position_encoding": "none"}
     part = MIXER_REGISTRY[name](ModelArchitectureConfig(block_pattern=name, **{**size, **options}), layer).to(dtype)

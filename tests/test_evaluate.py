@@ -10,7 +10,7 @@ import pytest
 import compare_architectures
 import evaluate
 import train
-from training_helpers import Workshop, a_peak, book, files_in, workshop
+from training_helpers import Workshop, a_peak, book, files_in, poison, workshop
 
 PROMPTS = {"defaults": {"category": "words"}, "prompts": [
     {"id": "fox", "prompt": "the quick brown", "answers": ["fox"], "wrong_answers": ["zzzz"], "difficulty": "easy"},
@@ -179,6 +179,28 @@ def test_the_loss_of_a_run_on_other_tokens_is_refused(workshop):
     (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
     sentence = workshop.refused(f"--runs_dir={workshop.runs}", "--loss", "--device=cpu", main=evaluate.main)
     assert "run 'moved' was trained on other tokens than" in sentence
+
+
+@pytest.mark.parametrize("name, value, why", [
+    ("blocks.0.mixer_norm.weight", float("nan"), "the weights are not finite"),
+    ("final_norm.weight", 3e38, "the logits are not finite"),
+])  # fmt: skip
+def test_a_run_that_diverged_fails_with_a_word_and_others_are_scored(workshop, name, value, why):
+    poison(workshop.run("--max_iters=2", name="diverged"), 2, name, value)
+    workshop.run("--max_iters=2", "--seed=2", name="well")
+    (workshop.folder / "prompts.json").write_text(json.dumps(PROMPTS), encoding="utf-8")
+    given = [f"--runs_dir={workshop.runs}", f"--prompts={workshop.folder / 'prompts.json'}", "--device=cpu"]
+    workshop.printed()
+    evaluate.main([*given, "--max_new_bytes=4"])
+    assert f"diverged: 3 of 3 prompts: failed, for {why}" in workshop.printed()
+    evaluate.main([*given, "--loss", "--loss_tokens=256", "--out_dir=loss"])
+    printed = workshop.printed()
+    assert "diverged: its loss is not finite" in printed and "well: its loss" not in printed
+    for run in ("diverged", "well"):
+        lines = [json.loads(line) for line in (workshop.runs / run / "evals.jsonl").read_text("utf-8").splitlines()]
+        loss = lines[1]["parts"]["whole"]["all"]["loss"]
+        assert (loss is None) is (run == "diverged") and lines[0]["kind"] == "prompts"
+    compare_architectures.main([f"--runs_dir={workshop.runs}", "--out_dir=compared"])
 
 
 # ---- what it is asked in vain ----------------------------------------------------------------------------------------

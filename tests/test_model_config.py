@@ -26,7 +26,7 @@ PRESET_VALUES = {  # in the order of NINE
     "gla": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, False, 0.0),
     "delta_net": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, False, 0.0),
     "gated_delta_net": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, False, 0.0),
-    "rwkv7": ("layernorm", "relu2", "none", "sdpa", "pre", "standard", False, False, 0.0),
+    "rwkv7": ("layernorm", "relu2", "none", "sdpa", "pre", "rwkv7", False, False, 0.0),
     "mamba": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
     "mamba2": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),
     "lstm": ("rmsnorm", "silu", "none", "sdpa", "pre", "swiglu", False, True, 0.0),

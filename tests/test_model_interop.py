@@ -626,6 +626,48 @@ def test_a_run_from_a_folder_is_trained_resumed_sampled_and_exported(transformer
     assert interop.export_hf(run / "checkpoint-6", workshop.folder / "back") == "GPT2LMHeadModel"
 
 
+def test_a_model_is_tuned_and_scored_in_its_own_tokens(transformers, workshop, capsys):
+    """Exported with a tokenizer learned here, tuned with tokenizer=hf: on the same text: the first run goes on."""
+    first = workshop.run("--arch_preset=llama", "--tokenizer=bpe", "--tokenizer_vocab_size=300", name="first")
+    folder = workshop.folder / "model"
+    interop.export_hf(first / "checkpoint-8", folder)
+    tokens = f"--tokenizer=hf:{folder}"
+    tune = [argument for argument in going_on(workshop, f"hf:{folder}", tokens) if argument != OTHER_TOKENS]
+    train.main([*tune, "--run_name=tuned", "--learning_rate=1e-30", "--data_dir=data"])
+    tuned = workshop.runs / "tuned"
+    assert sorted(path.name for path in (workshop.folder / "data").iterdir()) == ["text-book-hf-model"]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours, before = load_tokenizer(tuned), load_tokenizer(first)
+    text = (workshop.book / "book.txt").read_text("utf-8")[:3000]
+    assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False) == before.encode(text).tolist()
+    assert ours.token_bytes() == before.token_bytes()  # so that bits per byte are the same number
+    for name in ("final_val_loss", "bits_per_byte"):
+        assert summary(tuned)[name] == pytest.approx(summary(first)[name], abs=1e-5)
+
+    shutil.rmtree(folder)  # from here on the run and its data stand alone
+    train.main([f"--runs_dir={workshop.runs}", "--run_name=tuned", "--init_from=resume", "--max_iters=10"])
+    capsys.readouterr()
+    arguments = [f"--runs_dir={workshop.runs}", "--run_name=tuned", "--device=cpu", "--max_new_tokens=5"]
+    sample.main([*arguments, "--start=the quick"])
+    assert capsys.readouterr().out.startswith("the quick")
+    sentence = workshop.refused(*tune, "--run_name=again", "--data_dir=elsewhere")
+    assert "init_from=hf:" in sentence or "tokenizer=hf:" in sentence
+
+
+def test_a_dataset_of_another_models_tokens_is_refused(workshop):
+    for size in (290, 300):
+        run = workshop.run("--tokenizer=bpe", f"--tokenizer_vocab_size={size}", "--max_iters=1", name=f"run{size}")
+        library = load_tokenizer(run).to_library()
+        (workshop.folder / "model").mkdir(exist_ok=True)
+        (workshop.folder / "model" / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
+        command = workshop.command("--tokenizer=hf:model", "--max_iters=1", "--data_dir=data", name=f"tuned{size}")
+        if size == 290:
+            train.main(command)
+    assert "was prepared with tokenizer=hf-" in workshop.refused(*command)
+    assert "has no meaning for tokenizer=hf:model" in workshop.refused(*command, "--tokenizer_vocab_size=300")
+    assert "needs none/tokenizer.json" in workshop.refused(*command, "--tokenizer=hf:none").replace("\\", "/")
+
+
 def test_the_first_loss_is_that_of_the_imported_model(transformers, workshop, hf_folder):
     train.main(going_on(workshop, f"hf:{hf_folder}", "--run_name=first", "--learning_rate=1e-30", "--dropout=0.0"))
     run = workshop.runs / "first"

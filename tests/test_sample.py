@@ -8,7 +8,7 @@ import pytest
 
 import sample
 import train
-from training_helpers import Workshop, a_peak, book, files_in, workshop
+from training_helpers import Workshop, a_peak, book, files_in, poison, workshop
 from training_parallel import find_place
 from user_errors import UserError
 
@@ -168,3 +168,15 @@ def test_a_damaged_run_costs_one_sentence(workshop, damage, words):
     damage(folder)
     sentence = workshop.refused(f"--runs_dir={workshop.runs}", "--run_name=damaged", main=sample.main)
     assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
+    "how", [("--temperature=0",), ("--temperature=1", "--top_k=3"), ("--top_p=0.5",)], ids=" ".join
+)
+@pytest.mark.parametrize("value", [float("nan"), 3e38])  # the second makes infinite logits of finite weights
+def test_a_model_that_diverged_costs_one_sentence(workshop, how, value):
+    folder = workshop.run("--max_iters=2", name="diverged")
+    poison(folder, 2, value=value)
+    arguments = [f"--runs_dir={workshop.runs}", "--run_name=diverged", "--device=cpu", "--max_new_tokens=9", *how]
+    sentence = workshop.refused(*arguments, main=sample.main)
+    assert "logits are not finite" in sentence and "earlier checkpoint" in sentence

@@ -32,7 +32,7 @@ from training_tokenizers import TOKENIZER_REGISTRY
 from user_errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-OFFLINE_TOKENIZERS = [name for name in TOKENIZER_REGISTRY if name != "gpt2"]
+OFFLINE_TOKENIZERS = [name for name in TOKENIZER_REGISTRY if name not in ("gpt2", "hf")]
 TEXT = "".join(f"Line {i}: one fish, two fish, {i % 7} fish, blue fish é.\n" for i in range(600))
 
 

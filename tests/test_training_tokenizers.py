@@ -9,13 +9,17 @@ import pytest
 
 from training_tokenizers import (
     NUL,
+    SPACE,
     TOKENIZER_REGISTRY,
+    FolderTokenizer,
     as_text,
     byte_characters,
     learn_unigram,
     load_tokenizer,
     split_into_words,
     tokenizer_from_meta,
+    tokenizer_identity,
+    tokenizer_part,
 )
 from user_errors import UserError
 
@@ -33,6 +37,9 @@ NAMES = [
 
 
 def learn(name, documents=(STORY * 20, ODD), vocab_size=400):
+    if name == "hf":  # the pieces of bpe in the folder of a model
+        library = json.loads(TOKENIZER_REGISTRY["bpe"].learn(documents, vocab_size=vocab_size).to_library().to_str())
+        return FolderTokenizer(library, "<|endoftext|>")
     return TOKENIZER_REGISTRY[name].learn(documents, vocab_size=vocab_size)
 
 
@@ -202,3 +209,142 @@ def test_a_folder_without_a_tokenizer_and_an_unknown_name_cost_one_sentence(tmp_
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="did you mean 'unigram'"):
         tokenizer_from_meta({"name": "unigrams"})
+
+
+# ---- a model's own ---------------------------------------------------------------------------------------------------
+
+QWEN_WORDS = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def special(i, content):
+    return {"id": i, "content": content, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False}  # fmt: skip
+
+
+def byte_level_library():
+    """As Qwen's: NFC, its own words, GPT-2's stand-ins for bytes."""
+    library = json.loads(learn("bpe").to_library().to_str())
+    library["normalizer"] = {"type": "NFC"}
+    split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    library["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+    return library
+
+
+def sentencepiece_library(metaspace=False):
+    """As Llama 2's: spaces as pieces, a byte for what is not in the vocabulary, and a space before a text."""
+    words = [SPACE, *"abcdefghijklmnopqrstuvwxyzOT,.", SPACE + "t", SPACE + "th", SPACE + "the", "sh", "ish", "fish"]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    merges = [[SPACE, "t"], [SPACE + "t", "h"], [SPACE + "th", "e"], ["s", "h"], ["i", "sh"], ["f", "ish"]]
+    model = {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(vocabulary)}, "merges": merges,
+             "unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}  # fmt: skip
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    start = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
+    pre = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+    around = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+              {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+              "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}  # fmt: skip
+    return {"version": "1.0", "truncation": {"max_length": 5, "strategy": "LongestFirst", "direction": "Right",
+            "stride": 0}, "padding": None, "added_tokens": [special(i, vocabulary[i]) for i in range(3)],
+            "normalizer": None if metaspace else start, "pre_tokenizer": pre if metaspace else None,
+            "post_processor": around, "decoder": None, "model": model}  # fmt: skip
+
+
+LIBRARIES = {
+    "byte level": (byte_level_library, "<|endoftext|>"),
+    "sentencepiece": (sentencepiece_library, "</s>"),
+    "metaspace": (lambda: sentencepiece_library(metaspace=True), "</s>"),
+}
+every_library = pytest.mark.parametrize("kind", LIBRARIES)
+
+
+def model_folder(folder, library, end=None):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(library), encoding="utf-8")
+    if end is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": end}}), encoding="utf-8")
+    return folder
+
+
+@every_library
+@pytest.mark.parametrize("text", [STORY, ODD, "e\u0301 decomposed", "", " ", "<s>x</s>", "\n\n."], ids=ascii)
+def test_a_models_own_tokens_keep_every_byte(tmp_path, kind, text):
+    make, end = LIBRARIES[kind]
+    tokenizer = FolderTokenizer.from_folder(model_folder(tmp_path / "model", make(), end))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert np.array(tokenizer.token_bytes())[ids].sum() == len(text.encode("utf-8"))
+    assert not set(ids.tolist()) & tokenizer.special_ids and tokenizer.end_of_document_text == end
+    again = load_tokenizer(tokenizer.save(tmp_path))
+    assert again.encode(text).tolist() == ids.tolist() and again.end_of_document_id == tokenizer.end_of_document_id
+
+
+@every_library
+def test_they_are_the_librarys_but_for_the_space_before_a_text(kind):
+    import tokenizers
+
+    library, text = LIBRARIES[kind][0](), " the fish" + ODD.replace("<|endoftext|>", "")
+    library["truncation"] = None
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(library))
+    ours = FolderTokenizer(library).encode(text).tolist()
+    puts_a_space = kind != "byte level"
+    assert ours == theirs.encode(text[1:] if puts_a_space else text, add_special_tokens=False).ids
+    if puts_a_space:
+        assert ours[:2] == [library["model"]["vocab"][SPACE + "the"], library["model"]["vocab"][SPACE]]
+
+
+def test_its_export_is_what_it_came_from(tmp_path):
+    library = sentencepiece_library()
+    tokenizer = FolderTokenizer(library, "</s>")
+    assert json.loads(tokenizer.to_library().to_str())["normalizer"] == library["normalizer"]
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({"tokenizer_config.json": {"eos_token": "<s>"}}, "<s>"),
+    ({"tokenizer_config.json": {"eos_token": None}, "config.json": {"eos_token_id": [1, 2]}}, "<s>"),
+    ({"tokenizer_config.json": {"eos_token": "<gone>"}}, "</s>"),
+    ({"config.json": {"eos_token_id": 0}}, "<unk>"),
+    ({}, "</s>"),
+], ids=str)  # fmt: skip
+def test_what_ends_a_document_is_read_from_the_folder(tmp_path, files, expected):
+    folder = model_folder(tmp_path / "model", sentencepiece_library())
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = FolderTokenizer.from_folder(folder)
+    assert tokenizer.end_of_document_text == expected and tokenizer.token_bytes()[tokenizer.end_of_document_id] == 0
+
+
+def wordpiece(**more):
+    model = {"type": "WordPiece", "vocab": {"[UNK]": 0, "the": 1, "fish": 2}, "unk_token": "[UNK]",
+             "continuing_subword_prefix": "##", "max_input_chars_per_word": 99}  # fmt: skip
+    return {"version": "1.0", "added_tokens": [special(0, "[UNK]")], "normalizer": None, "decoder": None,
+            "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": None, "model": model, **more}  # fmt: skip
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+    lowering = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    with pytest.raises(UserError, match=r"changes text before it reads it \(Lowercase\)"):
+        FolderTokenizer.from_folder(model_folder(tmp_path / "a", wordpiece(normalizer=lowering)))
+    tokenizer = FolderTokenizer.from_folder(model_folder(tmp_path / "b", wordpiece()))
+    assert tokenizer.encode("fish").tolist() == [2]
+    with pytest.raises(UserError, match="8 bytes became 7 in 'the fish'"):
+        tokenizer.encode("the fish")
+    eager = {**special(3, "<br>"), "special": False, "rstrip": True}
+    with pytest.raises(UserError, match="'<br>', which swallows white space"):
+        FolderTokenizer.from_folder(model_folder(tmp_path / "c", wordpiece(added_tokens=[eager])))
+
+
+@pytest.mark.parametrize("content", [None, "x", "[]", "{}", '{"model": {"type": "Nothing"}, "added_tokens": []}'])
+def test_a_folder_that_holds_no_tokenizer_costs_one_sentence(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        FolderTokenizer.from_folder(tmp_path)
+
+
+def test_how_it_is_named():
+    assert tokenizer_part("hf:some/model") == (FolderTokenizer, "some/model")
+    assert tokenizer_part("bpe") == (TOKENIZER_REGISTRY["bpe"], None) and tokenizer_identity("bpe") == "bpe"
+    for wrong, right in (("hf", "hf:FOLDER"), ("hf:", "hf:FOLDER"), ("bpe:x", "tokenizer=bpe")):
+        with pytest.raises(UserError, match=f"tokenizer={wrong} must be given as .*{right}"):
+            tokenizer_part(wrong)

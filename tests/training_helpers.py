@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 import training_report
 from model_flops import HardwarePeak
 from training_memory import StepMemory
+from training_checkpoint import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,6 +130,17 @@ def summary(folder):
 
 def weights(folder, step):
     return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+
+
+def poison(folder, step, name="blocks.0.mixer_norm.weight", value=float("nan")):
+    """Fill a parameter of a checkpoint, and make its checksums fit: what a diverged training would have saved."""
+    place = folder / f"checkpoint-{step}"
+    tensors = load_file(place / "model.safetensors")
+    tensors[name].fill_(value)
+    save_file(tensors, place / "model.safetensors")
+    metadata = read_json(place / "metadata.json")
+    metadata["checksums"]["model.safetensors"] = sha256(place / "model.safetensors")
+    (place / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
 
 
 def training_state(folder, step):
