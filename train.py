@@ -26,6 +26,7 @@ T_START = time.perf_counter()
 import torch  # noqa: E402
 
 import configurator  # noqa: E402
+import eval_probes  # noqa: E402, F401  (fills its registry, so that probes' options are settings)
 import kernels  # noqa: E402
 import model_interop as interop  # noqa: E402
 import model_matching as matching  # noqa: E402
@@ -280,6 +281,10 @@ def train(arguments, closing):
         if ledger.step in to_evaluate:
             evaluate()
             log.write_summary(ledger.summary())
+            if dataset.is_solved(ledger.evaluations[-1]) and not is_last:
+                save()
+                log.say(f"solved at step {ledger.step} of {total_steps}: there is no more to learn")
+                break
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     if ledger.status == "interrupted":
