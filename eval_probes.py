@@ -4,9 +4,9 @@
     python sweep.py config/sweep_mqar.py                                                    # a whole comparison
     python evaluate.py --probes induction mqar+n_pairs=2                                    # ask finished runs
 
-A probe makes its examples on the spot. Example number i of a split is a pure function of i and the probe's options, so the
-batch stream is what it is for text: a pure function of (seed, step), and validation is a fixed set. An example fills one
-window, and only the places where an answer is due have targets.
+A probe makes its examples on the spot. Example number i of a split is a pure function of i and the probe's options, so
+the batch stream is what it is for text: a pure function of (seed, step), and validation is a fixed set. An example
+fills one window, and only the places where an answer is due have targets.
 
 `show('mqar', n_pairs=2)` prints an example; `chance` is the accuracy of the best guess that does not read the prompt.
 """
@@ -14,11 +14,13 @@ window, and only the places where an answer is due have targets.
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
 import torch
 
+from configurator import parse_value
 from registry import options_of
 from training_config import TrainConfig
 from training_corpora import PROBE_REGISTRY
@@ -27,6 +29,8 @@ from user_errors import UserError
 
 FORMAT = 1  # of the examples: a probe whose examples change takes another, and so another fingerprint
 TOKENS = {"train": 2**42, "val": 2**18}  # of the splits; a window of T tokens is an example
+MAX_SYMBOLS = 2**17
+BATCH_TOKENS = 2**13  # that a forward pass reads when a model is asked
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step from one state to the next
 
 
@@ -98,7 +102,12 @@ class Probe(Dataset):
                     f"{name}={getattr(settings, name)!r} is for text, and dataset={self.kind!r} is a probe, made of "
                     f"symbols of its own; drop {name}"
                 )
-        self.check_options(self.options)
+        if not self.options.solved_at > 0:
+            raise UserError(f"solved_at={self.options.solved_at} must be above 0; above 1 a run goes on to its end")
+        self.set_up(self.options)
+        if self.vocab_size > MAX_SYMBOLS:
+            sizes = ", ".join(f"{name}={value}" for name, value in self.difficulty().items())
+            raise UserError(f"dataset={self.kind!r} would have {self.vocab_size:,} symbols at {sizes}; take fewer")
         defaults = {name: option.default for name, option in options_of(type(self)).items()}
         changed = [f"{name}={value}" for name, value in self.difficulty().items() if value != defaults[name]]
         self.name = "+".join([self.kind, *changed])
@@ -113,17 +122,20 @@ class Probe(Dataset):
         """{option: value} that the examples depend on."""
         return {name: value for name, value in vars(self.options).items() if name != "solved_at"}
 
-    def check_options(self, options):
-        """Refuse what is no number of things. A probe with options adds what they must meet.
+    def set_up(self, options):
+        """Check the options, and set what follows from them: vocab_size, answers, least_length.
 
         Raises:
             UserError: naming the option.
         """
-        if not options.solved_at > 0:
-            raise UserError(f"solved_at={options.solved_at} must be above 0; above 1 a run goes on to its end")
-        for name, least in self.least.items():
-            if getattr(options, name) < least:
-                raise UserError(f"{name}={getattr(options, name)} must be at least {least} in dataset={self.kind!r}")
+        raise NotImplementedError
+
+    def at_least(self, **bounds):
+        """Refuse an option below its bound."""
+        for name, least in bounds.items():
+            value = getattr(self.options, name)
+            if value < least:
+                raise UserError(f"{name}={value} must be at least {least} in dataset={self.kind!r}")
 
     def check_block_size(self, block_size):
         if block_size < self.least_length:
@@ -173,24 +185,23 @@ def put(array, places, values):
 class MultiQueryAssociativeRecall(Probe):
     """Pairs of key and value, then the keys again in any order with gaps between: which value did each have?
 
-    Arora et al. 2023 (Zoology, arXiv:2312.04927, section 3 and appendix E). Keys and values of an example are distinct. Who knows the
+    Arora et al. 2023 (Zoology, arXiv:2312.04927, section 4). Keys and values of an example are distinct. Who knows the
     values and cannot bind them to keys is right in 1 of n_pairs. Unlike theirs, a key is as likely asked late as early.
 
     >>> show("mqar", block_size=12, n_pairs=2, n_keys=4, n_values=4)
-    inputs   1 8 3 7 0 0 0 1 0 3 0 0
-    answers  . . . . . . . 8 . 7 . .
+    inputs   2 6 3 5 0 2 0 0 0 0 3 0
+    answers  . . . . . 6 . . . . 5 .
     """
 
     is_zero_shot = True
-    least = {"n_pairs": 1, "n_keys": 1, "n_values": 2}
 
     class Options:
         n_pairs: int = 4  # mqar: pairs to remember, each asked once
         n_keys: int = 64  # symbols that keys are drawn from
         n_values: int = 64  # symbols that values are drawn from
 
-    def check_options(self, o):
-        super().check_options(o)
+    def set_up(self, o):
+        self.at_least(n_pairs=1, n_keys=1, n_values=2)
         for name in ("n_keys", "n_values"):
             if getattr(o, name) < o.n_pairs:
                 raise UserError(f"{name}={getattr(o, name)} is too few for the different ones of n_pairs={o.n_pairs}")
@@ -215,19 +226,18 @@ class Induction(Probe):
 
     Fu et al. 2022 (H3, arXiv:2212.14052, table 1), after the induction heads of Olsson et al. 2022.
 
-    >>> show("induction", block_size=8, n_symbols=4)
-    inputs   2 3 1 0 4 2 3 0
-    answers  . . . . . . . 4
+    >>> show("induction", block_size=8, number=2, n_symbols=4)
+    inputs   0 3 3 1 1 3 3 0
+    answers  . . . . . . . 3
     """
 
     is_zero_shot = True
-    least = {"n_symbols": 2}
 
     class Options:
         n_symbols: int = 16  # induction, copying: symbols that an answer may be
 
-    def check_options(self, o):
-        super().check_options(o)
+    def set_up(self, o):
+        self.at_least(n_symbols=2)
         self.vocab_size, self.least_length = 1 + o.n_symbols, 3
         self.answers = range(1, self.vocab_size)
 
@@ -247,19 +257,17 @@ class Copying(Probe):
 
     Arjovsky et al. 2016 (arXiv:1511.06464, section 4.1).
 
-    >>> show("copying", block_size=8, n_copied=3, n_symbols=4)
-    inputs   5 4 3 0 0 1 1 1
-    answers  . . . . . 5 4 3
+    >>> show("copying", block_size=9, number=1, n_copied=3, n_symbols=4)
+    inputs   5 5 2 0 0 0 1 1 1
+    answers  . . . . . . 5 5 2
     """
-
-    least = {"n_copied": 1, "n_symbols": 2}
 
     class Options:
         n_copied: int = 8  # copying, selective_copying: symbols to say again
         n_symbols: int = 16  # induction, copying: symbols that an answer may be
 
-    def check_options(self, o):
-        super().check_options(o)
+    def set_up(self, o):
+        self.at_least(n_copied=1, n_symbols=2)
         self.vocab_size, self.least_length = 2 + o.n_symbols, 2 * o.n_copied
         self.answers = range(2, self.vocab_size)
 
@@ -283,8 +291,8 @@ class SelectiveCopying(Copying):
     Gu & Dao 2023 (Mamba, arXiv:2312.00752, section 4.1.1).
 
     >>> show("selective_copying", block_size=10, n_copied=3, n_symbols=4)
-    inputs   0 5 0 4 0 3 0 1 1 1
-    answers  . . . . . . . 5 4 3
+    inputs   2 4 0 0 0 0 2 1 1 1
+    answers  . . . . . . . 2 4 2
     """
 
     def places(self, draws, T):
@@ -298,21 +306,20 @@ class NeedleInNoise(Probe):
 
     After "needle in a haystack" tests of long contexts: what must be kept is a small share of what is read.
 
-    >>> show("needle", block_size=10, n_needles=2, n_keys=4, n_values=4)
-    inputs   6 5 7 4 7 1 7 6 8 4
-    answers  . . . . . . . . . 7
+    >>> show("needle", block_size=10, number=1, n_needles=2, n_keys=4, n_values=4)
+    inputs   5 5 4 5 0 6 7 3 5 3
+    answers  . . . . . . . . . 5
     """
 
     is_zero_shot = True
-    least = {"n_needles": 1, "n_keys": 1, "n_values": 2}
 
     class Options:
         n_needles: int = 1  # needle: pairs in the noise, one of which is asked for
         n_keys: int = 64  # symbols that keys are drawn from
         n_values: int = 64  # symbols that values are drawn from
 
-    def check_options(self, o):
-        super().check_options(o)
+    def set_up(self, o):
+        self.at_least(n_needles=1, n_keys=1, n_values=2)
         if o.n_keys < o.n_needles:
             raise UserError(f"n_keys={o.n_keys} is too few for the different ones of n_needles={o.n_needles}")
         self.vocab_size, self.least_length = o.n_keys + o.n_values, 2 * o.n_needles + 1
@@ -337,14 +344,12 @@ class NeedleInNoise(Probe):
 class StateTracking(Probe):
     """A state that every token changes; at every answer_every-th token it is asked for."""
 
-    least = {"answer_every": 1}
-
     class Options:
         answer_every: int = 1  # parity, permutations: tokens from one answer to the next; block_size asks at the end
 
-    @property
-    def least_length(self):
-        return self.options.answer_every
+    def set_up(self, o):
+        self.at_least(answer_every=1)
+        self.answers, self.least_length = range(self.vocab_size), o.answer_every
 
     def answered(self, states):
         """targets (B, T) from the states (B, T) after each token."""
@@ -354,16 +359,16 @@ class StateTracking(Probe):
 
 @PROBE_REGISTRY("parity")
 class Parity(StateTracking):
-    """Bits; is the number of ones so far odd? Recurrences whose eigenvalues are all positive cannot say it of long texts.
+    """Bits; is the number of ones so far odd? Linear recurrences cannot say so where no eigenvalue is negative.
 
     Grazzi et al. 2024 (arXiv:2411.12537, section 4).
 
-    >>> show("parity", block_size=8)
-    inputs   1 1 0 0 1 0 1 0
-    answers  1 0 0 0 1 1 0 0
+    >>> show("parity", block_size=8, number=2)
+    inputs   0 1 0 1 0 0 1 1
+    answers  0 1 1 0 0 0 1 0
     """
 
-    vocab_size, answers = 2, range(2)
+    vocab_size = 2
 
     def examples(self, draws, T):
         bits = draws.below("bits", 2, T)
@@ -374,26 +379,24 @@ class Parity(StateTracking):
 class Permutations(StateTracking):
     """Permutations of n_objects things, one after the other: how do the things stand now?
 
-    Merrill et al. 2024 (arXiv:2404.08819, section 4): beyond four objects no model of constant depth without real recurrence can,
-    unless TC0 = NC1. Token i is permutation number i in lexicographic order, 0 leaves all as it is; the answer is that
-    of those so far as one, the first applied first.
+    Merrill et al. 2024 (arXiv:2404.08819): from five objects on, attention and diagonal recurrences of constant depth
+    cannot for any length, unless TC0 = NC1. Token i is permutation number i in lexicographic order, 0 leaves all as it
+    is; the answer is the one permutation that those so far make, the first applied first.
 
-    >>> show("permutations", block_size=8, n_objects=3)
-    inputs   3 1 4 0 3 2 5 2
-    answers  3 2 1 1 5 3 1 3
+    >>> show("permutations", block_size=8, number=1, n_objects=3)
+    inputs   3 3 5 3 2 1 3 1
+    answers  3 4 1 2 0 1 2 4
     """
-
-    least = {"n_objects": 2, "answer_every": 1}
 
     class Options:
         n_objects: int = 5  # permutations: things to keep track of, n! tokens; 3 is the group S3, 5 the group S5
 
-    def check_options(self, o):
-        super().check_options(o)
+    def set_up(self, o):
+        self.at_least(n_objects=2)
         if o.n_objects > 6:
             raise UserError(f"n_objects={o.n_objects} would make {math.factorial(o.n_objects):,} tokens; 6 is the most")
-        self.vocab_size = math.factorial(o.n_objects)
-        self.answers, self.table = range(self.vocab_size), composition_table(o.n_objects)
+        self.vocab_size, self.table = math.factorial(o.n_objects), composition_table(o.n_objects)
+        super().set_up(o)
 
     def examples(self, draws, T):
         moves = draws.below("moves", self.vocab_size, T)
@@ -413,23 +416,21 @@ def composition_table(n):
 
 @PROBE_REGISTRY("modular_addition")
 class ModularAddition(Probe):
-    """Sums of n_terms numbers modulo a number, one problem after the other; the answer is due at the sign after the terms.
+    """Sums of n_terms numbers modulo a number, one after the other; the answer is due at the sign behind the terms.
 
     Power et al. 2022 (arXiv:2201.02177), whose problems stand alone.
 
-    >>> show("modular_addition", block_size=8, modulus=5)
-    inputs   3 3 5 1 2 5 5 5
-    answers  . . 1 . . 3 . .
+    >>> show("modular_addition", block_size=8, number=3, modulus=5)
+    inputs   2 2 5 2 1 5 5 5
+    answers  . . 4 . . 3 . .
     """
-
-    least = {"modulus": 2, "n_terms": 1}
 
     class Options:
         modulus: int = 97  # modular_addition: sums are taken modulo this; primes are the custom
         n_terms: int = 2  # modular_addition: numbers to add
 
-    def check_options(self, o):
-        super().check_options(o)
+    def set_up(self, o):
+        self.at_least(modulus=2, n_terms=1)
         self.vocab_size, self.answers, self.least_length = o.modulus + 1, range(o.modulus), o.n_terms + 1
 
     def examples(self, draws, T):
@@ -442,6 +443,128 @@ class ModularAddition(Probe):
         inputs[:, : n * self.least_length] = problems.reshape(len(inputs), -1)
         targets[:, o.n_terms : n * self.least_length : self.least_length] = terms.sum(-1) % o.modulus
         return inputs, targets
+
+
+# ---- asking a model that is there ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A probe as a command line names it: 'mqar+n_pairs=8+block_size=128'."""
+
+    text: str
+    probe: Probe
+    block_size: int | None  # None is the model's own
+
+
+def read_probe(text):
+    """Asked of 'name+option=value'.
+
+    Raises:
+        UserError: no such probe, an option that it does not have, a wrong value.
+    """
+    kind, *words = text.split("+")
+    known, values = {"block_size", *options_of(PROBE_REGISTRY[kind])} - {"solved_at"}, {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in known:
+            raise UserError(f"probe '{text}': {word!r} is no option of {kind}; it has {', '.join(sorted(known))}")
+        values[name] = parse_value(name, value)
+    block_size = values.pop("block_size", None)
+    if block_size is not None and block_size < 1:
+        raise UserError(f"probe '{text}': block_size={block_size} must be at least 1")
+    return Asked(text, make_probe(kind, **values), block_size)
+
+
+@dataclass
+class ProbeResult:
+    """How a model did on a probe."""
+
+    asked: Asked
+    block_size: int
+    is_zero_shot: bool
+    answers: np.ndarray  # (T,) answers that were due at each place, over all examples
+    correct: np.ndarray  # (T,) those that were right
+
+    @property
+    def accuracy(self):
+        return self.correct.sum() / self.answers.sum()
+
+
+def ask_probe(model, asked, n_examples, vocab_size, own=None):
+    """ProbeResult of a causal model on the first examples of the probe's validation split.
+
+    A model that was trained on the probe (`own`) has to find the answer among all of its tokens. Any other is asked
+    zero-shot: in each example the symbols are other tokens, drawn from the model's vocabulary, and of those that an
+    answer may be the likeliest counts, so that chance is the probe's.
+
+    Args:
+        vocab_size: tokens that the model knows.
+        own: the probe that the model was trained on, or None.
+
+    Raises:
+        UserError: a probe that this model cannot be asked.
+    """
+    probe, T = asked.probe, asked.block_size or model.config.block_size
+    is_own = own is not None and own.kind == probe.kind
+    check_can_ask(model, asked, T, vocab_size, own)
+    answers, correct = np.zeros(T, dtype=np.int64), np.zeros(T, dtype=np.int64)
+    rows, was_training = max(1, BATCH_TOKENS // T), model.training
+    model.eval()
+    for start in range(0, n_examples, rows):
+        draws = Draws("val", np.arange(start, min(start + rows, n_examples)))
+        inputs, targets = probe.examples(draws, T)
+        symbols = None
+        if not is_own:
+            symbols = draws.distinct("tokens", vocab_size, probe.vocab_size)  # (B, V): the token of each symbol
+            inputs = np.take_along_axis(symbols, inputs, axis=1)
+        said = answers_of(model, torch.from_numpy(inputs), symbols, probe.answers)
+        answers += (targets != IGNORE_INDEX).sum(0)
+        correct += (said == targets).sum(0)
+    model.train(was_training)
+    return ProbeResult(asked, T, not is_own, answers, correct)
+
+
+def check_can_ask(model, asked, T, vocab_size, own):
+    """Refuse, in a sentence, what this model cannot be asked."""
+    probe, limit = asked.probe, model.context_limit()
+    probe.check_block_size(T)
+    if model.position_embedding is not None and limit < T:
+        raise UserError(
+            f"probe '{asked.text}' has block_size={T}, and position_encoding='{model.config.position_encoding}' has no "
+            f"positions beyond {limit}"
+        )
+    if own is not None and (own.kind != probe.kind or own.vocab_size != probe.vocab_size):
+        raise UserError(
+            f"probe '{asked.text}' has other symbols than dataset '{own.name}', which the run was trained on"
+        )
+    if own is None and not probe.is_zero_shot:
+        able = ", ".join(name for name, part in PROBE_REGISTRY.items() if part.is_zero_shot)
+        raise UserError(
+            f"probe '{asked.text}' can only be asked of a run that was trained on it (--dataset={probe.kind}); "
+            f"any run may be asked {able}"
+        )
+    if own is None and vocab_size < probe.vocab_size:
+        raise UserError(
+            f"probe '{asked.text}' has {probe.vocab_size} symbols and the run's vocabulary {vocab_size}; "
+            "ask with fewer, such as n_values=16"
+        )
+
+
+@torch.no_grad()
+def answers_of(model, inputs, symbols, answers):
+    """(B, T) int64 array: what the model answers at each place, as a symbol of the probe.
+
+    Args:
+        symbols: (B, V) the token that stands for each symbol, or None where tokens are the symbols.
+        answers: range of the symbols that an answer may be.
+    """
+    logits = model.logits(model.hidden_states(inputs.to(model.head.weight.device))).float().cpu()  # (B, T, vocabulary)
+    if symbols is None:
+        return logits.argmax(-1).numpy()
+    tokens = torch.from_numpy(symbols[:, answers.start : answers.stop])  # (B, A)
+    of_answers = logits.gather(2, tokens[:, None].expand(-1, inputs.size(1), -1))
+    return answers.start + of_answers.argmax(-1).numpy()
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     python evaluate.py --prompts eval/prompts_code.json --all_checkpoints --out_dir comparisons/eval_code
     python evaluate.py --at_tokens 1M,10M --temperature 0.8 --num_samples 5  # runs at equal tokens; sampled
     python evaluate.py --loss --out_dir comparisons/loss                     # where the validation loss comes from
+    python evaluate.py --probes induction mqar+n_pairs=8                     # small tasks with a known answer
 
 It reads run folders as train.py leaves them; only --loss needs their dataset too. It leaves behind, in a folder of its
 own that is never written over:
@@ -15,6 +16,7 @@ own that is never written over:
     difficulty_breakdown.csv  the same by difficulty
     breakdown.png             both of these drawn, a line for each run and checkpoint
     loss_breakdown.csv        of --loss, in place of the CSV files above: context, position, recall, frequency
+    probes.csv, probe_places.csv    of --probes: accuracy, and by place in the window
 
 and a line in each run's evals.jsonl, from which compare_architectures.py shows the score beside the loss.
 """
@@ -33,8 +35,9 @@ import training_checkpoint as checkpoint
 from comparison_folders import fresh_folder, token_count
 from comparison_groups import draw_groups
 from comparison_runs import all_run_folders, named_folders
+from eval_probes import read_probe
 from eval_prompts import Decoding, load_prompts
-from eval_tasks import LossTask, PromptTask
+from eval_tasks import LossTask, ProbeTask, PromptTask
 from model_builder import ConfigurableGPT
 from training_parallel import find_place
 from training_report import human_count, human_seconds, printable
@@ -81,6 +84,8 @@ def parse(arguments):
     add("--seed", type=int, default=1337)
     add("--loss", action="store_true", help="take the validation loss apart instead; this needs the dataset")
     add("--loss_tokens", type=int, default=2**17, metavar="N", help="validation tokens that --loss reads (131072)")
+    add("--probes", nargs="+", metavar="PROBE", help="ask probes instead, such as induction mqar+n_pairs=8")
+    add("--probe_examples", type=int, default=1024, metavar="N", help="examples of each probe (1024)")
     add("--no_plots", action="store_true", help="leave the figure out")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(arguments)
@@ -90,7 +95,7 @@ def parse(arguments):
 
 def check(args):
     least = {"checkpoint_step": 0, "temperature": 0, "top_k": 1, "num_samples": 1, "max_new_bytes": 1, "seed": 0,
-             "loss_tokens": 1}  # fmt: skip
+             "loss_tokens": 1, "probe_examples": 1}  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and not bound <= value < float("inf"):
@@ -217,6 +222,10 @@ def main(arguments):
 
 
 def task_of(args):
+    if args.loss and args.probes:
+        raise UserError("--loss and --probes are two evaluations; ask for one at a time")
+    if args.probes:
+        return ProbeTask([read_probe(text) for text in args.probes], args.probe_examples)
     if args.loss:
         return LossTask(args.loss_tokens)
     decoding = Decoding(args.temperature, args.top_k, args.top_p, args.num_samples, args.max_new_bytes, args.seed)
