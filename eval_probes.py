@@ -196,7 +196,8 @@ class MultiQueryAssociativeRecall(Probe):
     is_zero_shot = True
 
     class Options:
-        n_pairs: int = 4  # mqar: pairs to remember, each asked once
+        n_pairs: int = 4  # mqar: pairs to remember
+        n_questions: int | None = None  # mqar: keys that are asked, drawn with repetition; None asks each key once
         n_keys: int = 64  # symbols that keys are drawn from
         n_values: int = 64  # symbols that values are drawn from
 
@@ -205,7 +206,10 @@ class MultiQueryAssociativeRecall(Probe):
         for name in ("n_keys", "n_values"):
             if getattr(o, name) < o.n_pairs:
                 raise UserError(f"{name}={getattr(o, name)} is too few for the different ones of n_pairs={o.n_pairs}")
-        self.vocab_size, self.least_length = 1 + o.n_keys + o.n_values, 3 * o.n_pairs
+        if o.n_questions is not None:
+            self.at_least(n_questions=1)
+        self.vocab_size = 1 + o.n_keys + o.n_values
+        self.least_length = 2 * o.n_pairs + (o.n_questions or o.n_pairs)
         self.answers = range(1 + o.n_keys, self.vocab_size)
 
     def examples(self, draws, T):
@@ -214,7 +218,10 @@ class MultiQueryAssociativeRecall(Probe):
         keys = 1 + draws.distinct("keys", o.n_keys, n)
         values = 1 + o.n_keys + draws.distinct("values", o.n_values, n)
         inputs[:, 0 : 2 * n : 2], inputs[:, 1 : 2 * n : 2] = keys, values
-        places = 2 * n + draws.distinct("places", T - 2 * n, n)
+        places = 2 * n + draws.distinct("places", T - 2 * n, o.n_questions or n)
+        if o.n_questions is not None:
+            asked = draws.below("asked", n, o.n_questions)
+            keys, values = (np.take_along_axis(each, asked, axis=1) for each in (keys, values))
         put(inputs, places, keys)
         put(targets, places, values)
         return inputs, targets
