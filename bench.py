@@ -76,7 +76,7 @@ class BenchConfig:
             if not decoded < T:
                 raise UserError(
                     f"decode_contexts={self.decode_contexts!r}: the last {decoded} tokens of a context are decoded "
-                    f"({1 + DECODE_ROUNDS} x decode_tokens={self.decode_tokens}), and {T} leaves none to read before them"
+                    f"({1 + DECODE_ROUNDS} x decode_tokens={self.decode_tokens}), and {T} leaves none to read before"
                 )
         return lengths
 

@@ -199,8 +199,7 @@ def train(arguments, closing):
         place.device, prepare=lambda batch: objective.prepare(batch, config.seed),
     ))  # fmt: skip
     stop = closing.enter_context(checkpoint.StopSignals())
-    in_a_row = 0
-    t_loop, first_step = time.perf_counter(), ledger.step
+    in_a_row, t_loop, first_step = 0, time.perf_counter(), ledger.step
     logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
 
     while ledger.step < total_steps:
@@ -282,8 +281,8 @@ def train(arguments, closing):
             evaluate()
             log.write_summary(ledger.summary())
             if dataset.is_solved(ledger.evaluations[-1]) and not is_last:
-                save()
                 log.say(f"solved at step {ledger.step} of {total_steps}: there is no more to learn")
+                save()
                 break
 
     # ---- the end -----------------------------------------------------------------------------------------------------

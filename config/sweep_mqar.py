@@ -1,5 +1,5 @@
-# Recall as pairs grow, at width 64 and length 64: attention looks back, delta rules correct what they hold, a plain sum of
-# outer products and an LSTM have one state of a fixed size for everything (Arora et al. 2023, arXiv:2312.04927, figure 2).
+# Recall as pairs grow, at width 64 and length 64: attention looks back, delta rules correct what they hold, a plain sum
+# of outer products and an LSTM have one state of a fixed size for everything (Arora et al. 2023, arXiv:2312.04927).
 #
 #   python sweep.py config/sweep_mqar.py
 #   python compare_architectures.py --runs_dir runs/mqar

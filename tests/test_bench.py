@@ -250,7 +250,8 @@ class InProcess:
         candidate, about = _make(job)
         return types.SimpleNamespace(
             job=job, about=about, step=timed(candidate.step), forward_backward=timed(candidate.forward_backward_alone),
-            decode=lambda n: timed(lambda: candidate.decode(n))(),
+            decode=lambda n: timed(lambda: candidate.decode(n))(), read_prompt=candidate.read_prompt,
+            decode_on=lambda n: timed(lambda: candidate.decode_on(n))(),
         )  # fmt: skip
 
 
