@@ -69,6 +69,9 @@ class Split:
     def __len__(self):
         return TOKENS[self.name] + 1
 
+    def check_block_size(self, block_size):
+        self.probe.check_block_size(block_size)
+
     def window_batch(self, starts, block_size):
         """{'inputs', 'targets'} of the windows at `starts`, int64 tensors (B, T)."""
         inputs, targets = self.probe.examples(Draws(self.name, starts // block_size), block_size)
@@ -138,6 +141,7 @@ class Probe(Dataset):
                 raise UserError(f"{name}={value} must be at least {least} in dataset={self.kind!r}")
 
     def check_block_size(self, block_size):
+        """Refuse a window that an example does not fit into."""
         if block_size < self.least_length:
             shape = ", ".join(f"{name}={value}" for name, value in self.difficulty().items())
             raise UserError(

@@ -87,9 +87,6 @@ class Dataset:
                 f"{beside}; set vocab_size={self.vocab_size + extra_tokens}, or use the dataset the model was made for"
             )
 
-    def check_block_size(self, block_size):
-        """Refuse a window that the data cannot fill; a text fills any."""
-
     def facts(self):
         """What config.json says of the dataset beside its name and its size."""
         return {}
@@ -178,7 +175,8 @@ class BatchStream:
     def __init__(self, dataset, block_size, sequences_per_step, seed):
         self.tokens, self.seed = dataset.train, seed
         self.block_size, self.sequences_per_step = block_size, sequences_per_step
-        dataset.check_block_size(block_size)
+        if hasattr(self.tokens, "check_block_size"):  # made on the spot, where an example may not fit a window
+            self.tokens.check_block_size(block_size)
         n_tokens = len(self.tokens)
         if n_tokens < block_size + 1:
             raise UserError(

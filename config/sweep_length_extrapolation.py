@@ -1,7 +1,7 @@
 # What is left of a model beyond the context that it was trained at, by position encoding:
 #
 #   python sweep.py config/sweep_length_extrapolation.py
-#   python evaluate.py --runs_dir runs/length_extrapolation --loss      # at 1x, 2x, 4x and 8x block_size, and by position
+#   python evaluate.py --runs_dir runs/length_extrapolation --loss      # 1x, 2x, 4x, 8x block_size; by position
 #
 # Learned positions end at block_size; evaluate.py reads them at 1x and says so.
 
@@ -13,7 +13,7 @@ variants = {
     "window": "config/arch_llama.py --sliding_window=32",
     "gated_delta_net": "config/arch_gated_delta_net.py",
 }
-seeds = 1  # the losses of one run differ by more than seeds do
+seeds = 3
 
 dataset = "python_stdlib"
 n_layer, n_head, n_embd = 4, 4, 128
