@@ -11,7 +11,8 @@ import math
 from dataclasses import asdict
 
 from eval_loss import measure_loss, multiples_for, position_labels
-from eval_probes import Probe, ask_probe
+from eval_probes import Probe
+from eval_probing import ask_probe
 from eval_prompts import breakdown, run_prompts, totals
 from training_corpora import PROBE_REGISTRY
 from training_data import load_dataset

@@ -35,7 +35,7 @@ import training_checkpoint as checkpoint
 from comparison_folders import fresh_folder, token_count
 from comparison_groups import draw_groups
 from comparison_runs import all_run_folders, named_folders
-from eval_probes import read_probe
+from eval_probing import read_probe
 from eval_prompts import Decoding, load_prompts
 from eval_tasks import LossTask, ProbeTask, PromptTask
 from model_builder import ConfigurableGPT

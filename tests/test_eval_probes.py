@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import compare_architectures
+import configurator
 import eval_probes
 import evaluate
-import sweep
 import train
 from comparison_runs import find_runs
-from eval_probes import Draws, answers_of, ask_probe, check_can_ask, composition_table, make_probe, read_probe
+from eval_probes import Draws, composition_table, make_probe
+from eval_probing import answers_of, ask_probe, read_probe
 from model_builder import ConfigurableGPT
 from training_config import TrainConfig
 from training_corpora import PROBE_REGISTRY
@@ -309,6 +310,36 @@ def test_above_one_a_run_goes_on_to_its_end():
     scores = {"answer_accuracy": 0.995}
     assert make_probe("parity").is_solved(scores) and not make_probe("parity", solved_at=0.999).is_solved(scores)
     assert not make_probe("parity", solved_at=1.1).is_solved({"answer_accuracy": 1.0})
+
+
+MINE = """
+from eval_probes import PROBE_REGISTRY, Probe
+
+
+@PROBE_REGISTRY("echo")
+class Echo(Probe):
+    class Options:
+        n_echoes: int = 3
+
+    def set_up(self, o):
+        self.vocab_size, self.answers, self.least_length = o.n_echoes, range(o.n_echoes), 1
+
+    def examples(self, draws, T):
+        inputs = draws.below("symbols", self.vocab_size, T)
+        return inputs, inputs.copy()
+
+
+dataset = "echo"
+"""
+
+
+def test_a_config_file_may_define_a_probe(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    settings = configurator.read_settings([str(tmp_path / "mine.py"), "--n_echoes=5"])
+    dataset = load_dataset(settings.train)
+    assert (dataset.name, dataset.vocab_size, dataset.chance) == ("echo+n_echoes=5", 5, 0.2)
+    batch = BatchStream(dataset, 4, 2, seed=1).batches(0)[0]
+    assert torch.equal(batch["inputs"], batch["targets"]) and batch["inputs"].shape == (2, 4)
 
 
 def test_accuracy_is_counted_over_the_answers_alone(tiny):
