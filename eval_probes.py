@@ -8,8 +8,8 @@ A probe makes its examples on the spot. Example number i of a split is a pure fu
 the batch stream is what it is for text: a pure function of (seed, step), and validation is a fixed set. An example
 fills one window, and only the places where an answer is due have targets.
 
-`show('mqar', block_size=12, n_pairs=2)` prints an example; `chance` is the accuracy of the best guess that does not read
-the prompt. `eval_probing.py` asks models that are there.
+`show('mqar', block_size=12)` prints an example; `chance` is the accuracy of the best guess that does not read the
+prompt. `eval_probing.py` asks models that are there.
 """
 
 import hashlib
