@@ -28,7 +28,7 @@ from user_errors import UserError
 
 FORMAT = 1  # of the examples: a probe whose examples change takes another, and so another fingerprint
 TOKENS = {"train": 2**42, "val": 2**18}  # of the splits; a window of T tokens is an example
-MAX_SYMBOLS = 2**17
+MAX_SYMBOLS = 2**17  # of a probe: each is a row of the embedding
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step from one state to the next
 
 
@@ -36,7 +36,7 @@ class Draws:
     """Random numbers for B examples, by counting and hashing (splitmix64): the same on every machine.
 
     Args:
-        name: of the split and the probe; another name gives independent numbers.
+        name: of the split; another name gives independent numbers.
         numbers: (B,) int64, which examples.
     """
 

@@ -260,6 +260,7 @@ def test_the_fingerprint_is_the_difficulty_and_not_where_a_run_ends():
     assert one.fingerprint == make_probe("mqar", n_pairs=8, solved_at=1.0).fingerprint
     assert len({one.fingerprint, make_probe("mqar").fingerprint, make_probe("needle").fingerprint}) == 3
     assert (one.name, make_probe("mqar").name) == ("mqar+n_pairs=8", "mqar")
+    assert one.summary() == "mqar+n_pairs=8: answers are right by chance in 1.56%"
 
 
 def test_validation_is_a_fixed_set_of_whole_examples():
