@@ -4,6 +4,7 @@
     python bench.py config/arch_llama.py config/arch_mamba2.py --peers=transformers
     python bench.py config/arch_gpt2.py config/arch_gpt2.py+n_layer=12+n_embd=512 --repeats=5     # two shapes
     python bench.py config/arch_mamba2.py --contexts=512,8192                # cost of a token against the context
+    python bench.py config/arch_mamba2.py --decode_contexts=512,8192         # decoding and the state against it
     python bench.py --parts                                                  # single parts: linear layers, norms, ...
     python bench.py --help                                                   # every setting
 
@@ -35,6 +36,8 @@ from training_logger import git_state, versions
 from training_report import human_bytes, human_seconds
 from user_errors import UserError, did_you_mean, exit_on_user_error
 
+DECODE_ROUNDS = 3  # timed; one before them is not
+
 
 @dataclass(frozen=True)
 class BenchConfig:
@@ -44,6 +47,7 @@ class BenchConfig:
     seconds: float | None = None  # rounds until so many seconds have passed, in place of repeats
     decode_tokens: int = 64  # tokens to generate after a short prompt; 0 leaves decoding out
     contexts: str = ""  # also the cost of a token at these contexts, such as 512,8192
+    decode_contexts: str = ""  # also decoding at these contexts and the state kept there, such as 512,8192
     equal_tokens: bool = True  # contexts with as many tokens in each batch; False: with batch_size sequences in each
     parts: bool | str = False  # time single parts too, all or such as linear,rmsnorm
     out_dir: str = "benchmarks"  # where <device>.json is
@@ -55,12 +59,26 @@ class BenchConfig:
         if self.seconds is not None and not self.seconds > 0:
             raise UserError(f"seconds={self.seconds} must be above 0, or None")
 
-    def context_lengths(self):
-        """[T] of `contexts`."""
-        words = [word.strip() for word in self.contexts.split(",") if word.strip()]
+    def context_lengths(self, name="contexts"):
+        """[T] of `contexts` or `decode_contexts`."""
+        text = getattr(self, name)
+        words = [word.strip() for word in text.split(",") if word.strip()]
         if not all(word.isdecimal() and int(word) > 0 for word in words):
-            raise UserError(f"contexts={self.contexts!r} must be numbers of tokens with commas between, as 512,8192")
+            raise UserError(f"{name}={text!r} must be numbers of tokens with commas between, as 512,8192")
         return [int(word) for word in words]
+
+    def decode_lengths(self):
+        """[T] of `decode_contexts`, each with room for a prompt before what is decoded in all rounds."""
+        lengths, decoded = self.context_lengths("decode_contexts"), (1 + DECODE_ROUNDS) * self.decode_tokens
+        for T in lengths:
+            if self.decode_tokens == 0:
+                raise UserError(f"decode_contexts={self.decode_contexts!r} needs decode_tokens above 0")
+            if not decoded < T:
+                raise UserError(
+                    f"decode_contexts={self.decode_contexts!r}: the last {decoded} tokens of a context are decoded "
+                    f"({1 + DECODE_ROUNDS} x decode_tokens={self.decode_tokens}), and {T} leaves none to read before"
+                )
+        return lengths
 
     def part_names(self):
         """Names of `parts`, checked."""
@@ -82,6 +100,7 @@ def main(arguments):
         return print(configurator.help_text(__doc__, BenchConfig))
     config, cases = read_command(arguments)
     peers, contexts, parts = find_peers(config.peers), config.context_lengths(), config.part_names()
+    decode_contexts = config.decode_lengths()
     place = parallel.find_place(cases[0].settings().train)
     device_name = place.device_name()
     path = Path(config.out_dir) / f"{slug(device_name)}.json"
@@ -95,6 +114,8 @@ def main(arguments):
             save(path, device_name, {"cases": measure(config, cases, peers, story)})
         if contexts:
             save(path, device_name, {"cases": measure_contexts(config, cases, contexts, story)})
+        if decode_contexts:
+            save(path, device_name, {"cases": measure_decode_contexts(config, cases, decode_contexts, story)})
         for name in parts:
             save(path, device_name, {"parts": measure_part(config, name, cases[0], story)})
     print(f"\nadded to {path.as_posix()}")
@@ -215,7 +236,7 @@ def measure_decoding(config, rows):
     if not functions:
         return {}
     interleaved(functions, 1)
-    seconds = interleaved(functions, 3, progress=Progress("decoding"))
+    seconds = interleaved(functions, DECODE_ROUNDS, progress=Progress("decoding"))
     return {row: [lengths[row] / second for second in seconds[row]] for row in functions}
 
 
@@ -253,6 +274,31 @@ def measure_contexts(config, cases, contexts, story):
             "tokens_in_a_batch": {str(w.job.context): w.about["tokens"] for w in workers}, **story,
         }}  # fmt: skip
         table.append([case.label, *(number(1e6 * spread(cost[T])["median"]) for T in contexts), times(growth)])
+    print("\n" + "\n".join(aligned(table)))
+    return records
+
+
+def measure_decode_contexts(config, cases, contexts, story):
+    """Decode the last tokens of every context, one sequence at a time; {case key: record}."""
+    n, records = config.decode_tokens, {}
+    table = [["decoding, tokens/s (state)", *(f"T = {T:,}" for T in contexts), "last to first"]]
+    for case in [case for case in cases if case.settings().model.causal]:
+        progress = Progress(f"{case.label} decoding at {len(contexts)} contexts")
+        with Workers([Job(case, context=T, tokens=T) for T in contexts]) as workers:
+            for worker in workers:
+                worker.read_prompt((1 + DECODE_ROUNDS) * n)
+            functions = {worker.job.context: (lambda worker=worker: worker.decode_on(n)) for worker in workers}
+            interleaved(functions, 1)
+            seconds = interleaved(functions, DECODE_ROUNDS, progress=progress)
+        rates = {T: [n / second for second in seconds[T]] for T in contexts}
+        state = {worker.job.context: worker.about["state_bytes"]["bytes"] for worker in workers}
+        change = ratio(rates[contexts[-1]], rates[contexts[0]])
+        records[workers[0].about["key"]] = {"decode_contexts": {
+            "tokens_per_second": {str(T): spread(rates[T]) for T in contexts}, "last_to_first": change,
+            "state_bytes": {str(T): state[T] for T in contexts}, **story,
+        }}  # fmt: skip
+        cells = (f"{number(spread(rates[T])['median'])} ({human_bytes(state[T])})" for T in contexts)
+        table.append([case.label, *cells, times(change)])
     print("\n" + "\n".join(aligned(table)))
     return records
 

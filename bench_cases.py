@@ -146,6 +146,22 @@ class Candidate:
         with torch.no_grad(), self.place.autocast():
             self.generate(prompt, n)
 
+    def read_prompt(self, n):
+        """Read all but the last n tokens of one sequence; `decode_on` goes on from there."""
+        prompt = self.batch["inputs"][:1, :-n]
+        self.model.eval()
+        self._step(prompt, self.model.init_state(1))
+
+    def decode_on(self, n):
+        """Generate n tokens behind what was read, the likeliest each time."""
+        for _ in range(n):
+            self._step(self.next_token, self.state)
+
+    def _step(self, tokens, state):
+        with torch.no_grad(), self.place.autocast():
+            logits, self.state = self.model.step(tokens, state)
+        self.next_token = logits[:, -1:].argmax(-1)
+
 
 def prompt_length(config):
     return min(PROMPT, max(1, config.block_size // 4))
@@ -238,6 +254,12 @@ class Worker:
 
     def decode(self, n):
         return self._ask("decode", n)
+
+    def read_prompt(self, n):
+        return self._ask("read_prompt", n)
+
+    def decode_on(self, n):
+        return self._ask("decode_on", n)
 
     def close(self):
         self.pipe.close()

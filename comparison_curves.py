@@ -85,7 +85,7 @@ def held_run(run, place):
     row, seconds = rows[-1], number(rows[-1].get("train_seconds"))
     losses = [number(each.get("val_loss")) for each in rows]
     flops_per_token = run.values["flops_per_token"]
-    names = ("bits_per_byte", "pseudo_perplexity", "masked_accuracy", "train_seconds")
+    names = ("bits_per_byte", "pseudo_perplexity", "masked_accuracy", "answer_accuracy", "train_seconds")
     values = run.values | {name: number(row.get(name)) for name in names} | {
         "final_val_loss": number(row.get("val_loss")),
         "stream_hash": row.get("stream_hash") or run.values["stream_hash"],  # older rows: that of the run's end

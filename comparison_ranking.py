@@ -94,6 +94,7 @@ COLUMNS = (
     Column("bits_per_byte", "bits/\nbyte", loss, "lower"),
     Column("pseudo_perplexity", "pseudo\nperplexity", loss, "lower"),
     Column("masked_accuracy", "masked\naccuracy", percent, "higher"),
+    Column("answer_accuracy", "answers\nright", percent, "higher"),
     Column("prompt_score", "prompt\nscore", percent, "higher"),
     Column("tokens_per_second", "tokens/s", whole, "higher"),
     Column("mfu", "MFU", percent, "higher"),
@@ -107,7 +108,7 @@ LOSSES = ("final_val_loss", "best_val_loss", "bits_per_byte", "pseudo_perplexity
 # Whose runs are judged by a number may be ranked by these alone of the losses: the loss of hidden tokens depends on how
 # many are hidden, and is no loss of a text.
 LOSSES_BESIDE = {"final_val_loss": LOSSES[:3], "pseudo_perplexity": ("pseudo_perplexity",)}
-OF_ONE_OBJECTIVE = ("pseudo_perplexity", "masked_accuracy")  # shown where some run has them
+OF_ONE_OBJECTIVE = ("pseudo_perplexity", "masked_accuracy", "answer_accuracy")  # shown where some run has them
 SAME_SIZE = 1.25  # configurations whose parameters are within this ratio are of one size
 MAX_PAIRED = 60  # rows that are all held against each other: 1,770 pairs
 NOT_ALWAYS = (*OF_ONE_OBJECTIVE, "prompt_score", "state_bytes")  # the score: where evaluate.py was run
@@ -118,6 +119,7 @@ STACKED = (
     ("final_val_loss", "best_val_loss"),
     ("bits_per_byte", "non_finite_steps"),
     ("pseudo_perplexity", "masked_accuracy"),
+    ("answer_accuracy",),
     ("prompt_score",),
     ("tokens_per_second", "mfu"),
     ("peak_memory_bytes", "hours"),

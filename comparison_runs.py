@@ -338,7 +338,7 @@ def table_values(run, summary):
     for name in (
         "tokens_processed", "final_val_loss", "best_val_loss", "bits_per_byte", "tokens_per_second", "mfu",
         "peak_memory_bytes", "non_finite_steps", "train_seconds", "eval_seconds", "total_flops", "steps",
-        "pseudo_perplexity", "masked_accuracy",
+        "pseudo_perplexity", "masked_accuracy", "answer_accuracy",
     ):  # fmt: skip
         values[name] = number(summary.get(name))
     return values
@@ -460,6 +460,7 @@ def summary_from_metrics(rows):
         "bits_per_byte": last("eval", "bits_per_byte"),
         "pseudo_perplexity": last("eval", "pseudo_perplexity"),
         "masked_accuracy": last("eval", "masked_accuracy"),
+        "answer_accuracy": last("eval", "answer_accuracy"),
         "tokens_processed": last_row.get("tokens_processed"),
         "train_seconds": last_row.get("train_seconds"),
         "tokens_per_second": median("tokens_per_second"),

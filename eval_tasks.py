@@ -10,8 +10,11 @@ import json
 import math
 from dataclasses import asdict
 
-from eval_loss import measure_loss, multiples_for
+from eval_loss import measure_loss, multiples_for, position_labels
+from eval_probes import Probe
+from eval_probing import ask_probe
 from eval_prompts import breakdown, run_prompts, totals
+from training_corpora import PROBE_REGISTRY
 from training_data import load_dataset
 from training_tokenizers import load_tokenizer
 from user_errors import UserError
@@ -109,6 +112,11 @@ class LossTask:
         """The run's dataset, held to the fingerprint that the run was trained on."""
         dataset = load_dataset(settings.train)
         record = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(dataset, Probe):
+            raise UserError(
+                f"run '{run_folder.name}' was trained on the probe '{dataset.name}', which has no text to take apart; "
+                f"ask it with --probes {dataset.name}"
+            )
         if record.get("dataset", {}).get("fingerprint") != dataset.fingerprint:
             raise UserError(
                 f"run '{run_folder.name}' was trained on other tokens than {dataset.folder} has; restore those"
@@ -156,6 +164,81 @@ class LossTask:
             for place, (groups, _) in evaluated for (part, group), tally in groups.items()
         ]  # fmt: skip
         return write_tables({"loss_breakdown.csv": rows}, folder)
+
+
+class ProbeTask:
+    """Small tasks with a known answer, asked of runs that were trained on them, or zero-shot of any."""
+
+    title = "Probes"
+    panels_of = "share of answers that are right"
+
+    def __init__(self, probes, n_examples):
+        self.probes, self.n_examples = probes, n_examples
+        self.columns = tuple(f"{asked.text} ({percent(asked.probe.chance)})" for asked in probes)
+
+    def material(self, run_folder, settings):
+        """(tokens that the run knows, the probe that it was trained on or None)."""
+        record = json.loads((run_folder / "config.json").read_text(encoding="utf-8")).get("dataset", {})
+        own = load_dataset(settings.train) if settings.train.dataset in PROBE_REGISTRY else None
+        return record.get("vocab_size") or settings.model.vocab_size, own
+
+    def ask(self, model, material, progress):
+        """[ProbeResult] in the order of the command line."""
+        results = []
+        for asked in self.probes:
+            results.append(ask_probe(model, asked, self.n_examples, *material))
+            progress(len(results) / len(self.probes))
+        return results
+
+    def record(self, results):
+        return {"kind": "probes", "examples": self.n_examples, "probes": [numbers_of(result) for result in results]}
+
+    def notes(self, results):
+        return []
+
+    def panels(self, results):
+        """{'answers': {probe: accuracy}, probe: {places: accuracy}}, for the figure."""
+        panels = {"all answers": {result.asked.text: result.accuracy for result in results}}
+        for result in results:
+            panels[f"{result.asked.text}, by place"] = {name: right / n for name, n, right in by_place(result)}
+        return panels
+
+    def cells(self, results):
+        return [f"{percent(result.accuracy)}{' zero-shot' if result.is_zero_shot else ''}" for result in results]
+
+    def heading(self):
+        return (
+            f"Share of answers that are right over {self.n_examples:,} examples of each probe (by chance).\n"
+            "zero-shot: of a run that was not trained on the probe, whose symbols are random tokens of its own."
+        )
+
+    def write(self, evaluated, folder):
+        whole = [{**place, **numbers_of(result)} for place, results in evaluated for result in results]
+        places = [
+            {**place, "probe": result.asked.text, "places": name, "answers": n, "accuracy": right / n}
+            for place, results in evaluated for result in results for name, n, right in by_place(result)
+        ]  # fmt: skip
+        return write_tables({"probes.csv": whole, "probe_places.csv": places}, folder)
+
+
+def numbers_of(result):
+    """{column: value} of a ProbeResult."""
+    return {
+        "probe": result.asked.text,
+        "block_size": result.block_size,
+        "zero_shot": result.is_zero_shot,
+        "accuracy": float(result.accuracy),
+        "chance": result.asked.probe.chance,
+        "answers": int(result.answers.sum()),
+    }
+
+
+def by_place(result):
+    """[(places, answers that were due there, those that were right)]: 1, 2-3, 4-7, ... in the window."""
+    labels = position_labels(result.block_size)
+    groups = [(name, labels == name) for name in dict.fromkeys(labels.tolist())]
+    sums = [(name, int(result.answers[chosen].sum()), int(result.correct[chosen].sum())) for name, chosen in groups]
+    return [group for group in sums if group[1]]
 
 
 def percent(share):

@@ -6,6 +6,7 @@
     python evaluate.py --at_tokens 1M,10M --temperature 0.8 --num_samples 5  # runs at equal tokens; sampled
     python evaluate.py --loss --out_dir comparisons/loss                     # where the validation loss comes from
     python evaluate.py --lm_eval=hellaswag,piqa                              # EleutherAI's harness, on any run
+    python evaluate.py --probes induction mqar+n_pairs=8                     # small tasks with a known answer
 
 It reads run folders as train.py leaves them; only --loss needs their dataset too. It leaves behind, in a folder of its
 own that is never written over:
@@ -17,6 +18,7 @@ own that is never written over:
     breakdown.png             both of these drawn, a line for each run and checkpoint
     loss_breakdown.csv        of --loss, in place of the CSV files above: context, position, recall, frequency
     lm_eval_results.csv       of --lm_eval, likewise: every metric of every task
+    probes.csv, probe_places.csv    of --probes: accuracy, and by place in the window
 
 and a line in each run's evals.jsonl, from which compare_architectures.py shows the score beside the loss.
 """
@@ -36,8 +38,9 @@ from comparison_folders import fresh_folder, token_count
 from comparison_groups import draw_groups
 from comparison_runs import all_run_folders, named_folders
 from eval_lm_harness import HarnessTask
+from eval_probing import read_probe
 from eval_prompts import Decoding, load_prompts
-from eval_tasks import LossTask, PromptTask
+from eval_tasks import LossTask, ProbeTask, PromptTask
 from model_builder import ConfigurableGPT
 from training_parallel import find_place
 from training_report import human_count, human_seconds, printable
@@ -88,6 +91,8 @@ def parse(arguments):
     add("--lm_eval_tasks", metavar="DIR", help="a folder of tasks of your own for it, as YAML files")
     add("--lm_eval_shots", type=int, metavar="N", help="examples before each question; each task's own by default")
     add("--lm_eval_limit", type=int, metavar="N", help="only the first questions of each task, to try it out")
+    add("--probes", nargs="+", metavar="PROBE", help="ask probes instead, such as induction mqar+n_pairs=8")
+    add("--probe_examples", type=int, default=1024, metavar="N", help="examples of each probe (1024)")
     add("--no_plots", action="store_true", help="leave the figure out")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(arguments)
@@ -97,7 +102,7 @@ def parse(arguments):
 
 def check(args):
     least = {"checkpoint_step": 0, "temperature": 0, "top_k": 1, "num_samples": 1, "max_new_bytes": 1, "seed": 0,
-             "loss_tokens": 1, "lm_eval_shots": 0, "lm_eval_limit": 1}  # fmt: skip
+             "loss_tokens": 1, "lm_eval_shots": 0, "lm_eval_limit": 1, "probe_examples": 1}  # fmt: skip
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and not bound <= value < float("inf"):
@@ -112,8 +117,9 @@ def check(args):
     if args.lm_eval is not None and not names:
         raise UserError(f"--lm_eval={args.lm_eval} names no task; such as --lm_eval=hellaswag,piqa")
     args.lm_eval = list(dict.fromkeys(names))
-    if args.lm_eval and args.loss:
-        raise UserError("--loss and --lm_eval are two evaluations; ask for one at a time")
+    asked = [f"--{name}" for name in ("loss", "probes", "lm_eval") if getattr(args, name)]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} are different evaluations; ask for one at a time")
     if not args.lm_eval:
         for name in ("lm_eval_tasks", "lm_eval_shots", "lm_eval_limit"):
             if getattr(args, name) is not None:
@@ -234,6 +240,8 @@ def main(arguments):
 
 
 def task_of(args):
+    if args.probes:
+        return ProbeTask([read_probe(text) for text in args.probes], args.probe_examples)
     if args.loss:
         return LossTask(args.loss_tokens)
     if args.lm_eval:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import configurator
+import eval_probes  # noqa: F401  (fills its registry, so that probes' options are settings)
 from comparison_stats import t_quantile
 from model_builder import ConfigurableGPT, on_meta
 from model_flops import active_parameters, flops_per_token

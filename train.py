@@ -25,6 +25,7 @@ T_START = time.perf_counter()
 import torch  # noqa: E402
 
 import configurator  # noqa: E402
+import eval_probes  # noqa: E402, F401  (fills its registry, so that probes' options are settings)
 import kernels  # noqa: E402
 import model_interop as interop  # noqa: E402
 import model_matching as matching  # noqa: E402
@@ -201,8 +202,7 @@ def train(arguments, closing):
         place.device, prepare=lambda batch: objective.prepare(batch, config.seed),
     ))  # fmt: skip
     stop = closing.enter_context(checkpoint.StopSignals())
-    in_a_row = 0
-    t_loop, first_step = time.perf_counter(), ledger.step
+    in_a_row, t_loop, first_step = 0, time.perf_counter(), ledger.step
     logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
 
     while ledger.step < total_steps:
@@ -283,6 +283,10 @@ def train(arguments, closing):
         if ledger.step in to_evaluate:
             evaluate()
             log.write_summary(ledger.summary())
+            if dataset.is_solved(ledger.evaluations[-1]) and not is_last:
+                log.say(f"solved at step {ledger.step} of {total_steps}: there is no more to learn")
+                save()
+                break
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     if ledger.status == "interrupted":

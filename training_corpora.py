@@ -34,6 +34,7 @@ from training_text_files import file_contains, kind_of_file, read_placed_texts, 
 from user_errors import UserError, did_you_mean
 
 CORPUS_REGISTRY = Registry("dataset")
+PROBE_REGISTRY = Registry("probe", of="train")  # datasets that are made instead of read: eval_probes.py
 
 END_OF_STORY = "<|endoftext|>"
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from training_corpora import PROBE_REGISTRY
 from training_prepare import check_meets, prepare, recipe_of, summary_of
 from training_token_files import SPLITS, check_shards, map_tokens, read_meta, tokenizer_of
 from user_errors import UserError
@@ -86,17 +87,27 @@ class Dataset:
                 f"{beside}; set vocab_size={self.vocab_size + extra_tokens}, or use the dataset the model was made for"
             )
 
+    def facts(self):
+        """What config.json says of the dataset beside its name and its size."""
+        return {}
+
+    def is_solved(self, scores):
+        """Whether an evaluation's scores leave nothing to learn, so that a run may end."""
+        return False
+
     def summary(self):
         return summary_of(self.folder)
 
 
 def load_dataset(settings, may_prepare=True, quiet=False):
-    """The Dataset that the settings name; prepared here when it is missing.
+    """The Dataset that the settings name; prepared here when it is missing, made on the spot when it is a probe.
 
     Args:
         settings: a TrainConfig.
         may_prepare: False on all ranks but one of a machine: they wait until that one has prepared it.
     """
+    if settings.dataset in PROBE_REGISTRY:
+        return PROBE_REGISTRY[settings.dataset](settings)
     recipe = recipe_of(settings)
     while not may_prepare and read_meta(recipe.folder) is None:
         time.sleep(0.5)  # torchrun ends the waiting ranks should the preparing one fail
@@ -164,6 +175,8 @@ class BatchStream:
     def __init__(self, dataset, block_size, sequences_per_step, seed):
         self.tokens, self.seed = dataset.train, seed
         self.block_size, self.sequences_per_step = block_size, sequences_per_step
+        if hasattr(self.tokens, "check_block_size"):  # made on the spot, where an example may not fit a window
+            self.tokens.check_block_size(block_size)
         n_tokens = len(self.tokens)
         if n_tokens < block_size + 1:
             raise UserError(
@@ -265,7 +278,12 @@ def check_split(sequences_per_step, micro_batch_size, world_size):
 
 
 def window_batch(tokens, starts, block_size):
-    """{'inputs', 'targets'} of the windows at `starts`, int64 tensors (B, T); targets are the inputs one token on."""
+    """{'inputs', 'targets'} of the windows at `starts`, int64 tensors (B, T); targets are the inputs one token on.
+
+    Tokens that are made when they are asked for make their windows themselves.
+    """
+    if hasattr(tokens, "window_batch"):
+        return tokens.window_batch(starts, block_size)
     rows = np.empty((len(starts), block_size + 1), dtype=np.int64)  # (B, T + 1)
     for row, start in zip(rows, starts.tolist(), strict=True):
         row[:] = tokens[start : start + block_size + 1]

@@ -443,7 +443,7 @@ def config_record(settings, run_name, model, flops, dataset, validation, resolve
         "dataset": {
             "name": dataset.name, "fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer_name,
             "vocab_size": dataset.vocab_size, "train_tokens": len(dataset.train), "val_tokens": len(dataset.val),
-            "evaluation_hash": validation.hash,
+            "evaluation_hash": validation.hash, **dataset.facts(),
         },
         "versions": versions(),
         "git": git_state(),

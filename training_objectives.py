@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from model_builder import IGNORE_INDEX, soft_cap
 from registry import Registry
+from training_corpora import PROBE_REGISTRY
 from training_data import bits_per_byte, keys_of, scrambled, shuffled
 from training_parallel import sum_over_ranks
 from user_errors import UserError
@@ -93,7 +94,10 @@ class Objective(nn.Module):
 
 @OBJECTIVE_REGISTRY("causal_lm")
 class CausalLM(Objective):
-    """Next-token cross-entropy in nats, and z_loss * log(Z)^2 where asked (PaLM, section 5)."""
+    """Next-token cross-entropy in nats, and z_loss * log(Z)^2 where asked (PaLM, section 5).
+
+    Of a probe, which has targets only where an answer is due, evaluations also count the answers that are right.
+    """
 
     def __init__(self, model, config):
         super().__init__(model, config)
@@ -102,12 +106,19 @@ class CausalLM(Objective):
                 "objective='causal_lm' predicts the next token, and causal=False lets the model see it; "
                 "use objective='masked_lm'"
             )
+        self.counts_answers = config.dataset in PROBE_REGISTRY
 
     def forward(self, batch):
         hidden, auxiliary, counts = self.read(batch)
         loss, nats = self.cross_entropy(hidden, batch["targets"])
         sums = {"nats": nats.detach(), "tokens": supervised_tokens(batch), "counts": counts}
+        if self.counts_answers and not self.training:
+            sums["correct"] = n_correct(hidden, self.model.head, batch["targets"], self.config.loss_chunk_elements)
         return {"loss": loss + auxiliary if counts else loss, **sums}
+
+    def scores(self, sums):
+        more = {"answer_accuracy": sums["correct"] / sums["tokens"]} if self.counts_answers else {}
+        return super().scores(sums) | more
 
 
 def added(counts, more):
@@ -150,6 +161,11 @@ class MaskedLM(Objective):
 
     @classmethod
     def extra_tokens(cls, config):
+        if config.dataset in PROBE_REGISTRY:
+            raise UserError(
+                f"objective='masked_lm' chooses what to predict, and dataset={config.dataset!r} is a probe, which says "
+                "where an answer is due; use objective='causal_lm'"
+            )
         if config.options_for(cls).mask_token is not None:
             return 0
         if ":" in config.init_from:  # a new id would be a token of the source's, or beyond its vocabulary

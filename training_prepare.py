@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from training_config import TrainConfig
-from training_corpora import CORPUS_REGISTRY
+from training_corpora import CORPUS_REGISTRY, PROBE_REGISTRY
 from training_shards import PROGRESS, check_no_token_files, unfinished
 from training_token_files import (
     SPLITS,
@@ -203,7 +203,7 @@ def check_absent(recipe):
     if not (folder / PROGRESS).exists():
         check_no_token_files(folder)
     if recipe.dataset not in CORPUS_REGISTRY:
-        known = sorted({*CORPUS_REGISTRY, *prepared_datasets(folder.parent)})
+        known = sorted({*CORPUS_REGISTRY, *PROBE_REGISTRY, *prepared_datasets(folder.parent)})
         hint = did_you_mean(recipe.dataset, known)
         raise UserError(
             f"dataset={recipe.dataset!r} does not exist{hint} (known: {', '.join(known)}; "

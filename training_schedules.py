@@ -8,6 +8,7 @@ import ast
 from dataclasses import dataclass
 from pathlib import Path
 
+import eval_probes  # noqa: F401  (fills its registry, so that probes' options are settings)
 from configurator import Settings, read_settings
 from training_checkpoint import scheduled_steps, token_schedule, write_atomically
 from training_data import BatchStream, load_dataset

@@ -123,6 +123,9 @@ def test_the_name_of_a_result_says_what_changes_it():
         (["--repeats=0"], "repeats=0 must be at least 1"),
         (["--seconds=-1.0"], "seconds=-1.0 must be above 0"),
         (["--contexts=512,long"], "contexts='512,long' must be numbers of tokens"),
+        (["--decode_contexts=512,long"], "decode_contexts='512,long' must be numbers of tokens"),
+        (["--decode_contexts=512,256"], "the last 256 tokens of a context are decoded (4 x decode_tokens=64), and 256"),
+        (["--decode_contexts=512", "--decode_tokens=0"], "decode_contexts='512' needs decode_tokens above 0"),
         (["--parts=rmsnrom"], "'rmsnrom' is no part; did you mean 'rmsnorm'"),
         (["--peers=transformer"], "'transformer' is no peer; did you mean 'transformers'"),
         (["--peers=nanogpt"], "nanogpt:PATH needs the path of a nanoGPT checkout"),
@@ -247,7 +250,8 @@ class InProcess:
         candidate, about = _make(job)
         return types.SimpleNamespace(
             job=job, about=about, step=timed(candidate.step), forward_backward=timed(candidate.forward_backward_alone),
-            decode=lambda n: timed(lambda: candidate.decode(n))(),
+            decode=lambda n: timed(lambda: candidate.decode(n))(), read_prompt=candidate.read_prompt,
+            decode_on=lambda n: timed(lambda: candidate.decode_on(n))(),
         )  # fmt: skip
 
 
@@ -290,6 +294,29 @@ def test_contexts_are_added_to_the_same_case(bench_here):
     assert case["contexts"]["tokens_in_a_batch"] == {"8": 32, "32": 32} and "T = 32" in printed
     cost = case["contexts"]["seconds_per_token"]
     assert case["contexts"]["last_to_first"]["ratio"] == pytest.approx(cost["32"]["median"] / cost["8"]["median"])
+
+
+def test_decoding_at_contexts_keeps_the_state_of_each(bench_here):
+    arguments = ("--decode_tokens=1", "--decode_contexts=8,32", "--repeats=1")
+    record, printed = bench_here("config/arch_gpt2.py", *arguments)
+    (case,) = record["cases"].values()
+    decoded = case["decode_contexts"]
+    assert decoded["state_bytes"] == {"8": 2 * 8 * 16 * 4, "32": 2 * 32 * 16 * 4}  # keys and values, float32
+    assert decoded["tokens_per_second"]["32"]["n"] == 3 and "T = 32" in printed and "(4 KiB)" in printed
+
+
+def test_decoding_goes_on_from_what_was_read():
+    """The tokens decoded at a context are those that generate writes behind the same prompt."""
+    for arch in ("gpt2", "gru"):
+        case = bench.read_command([f"config/arch_{arch}.py", *TINY])[1][0]
+        candidate = Candidate(case.settings(), find_place(case.settings().train), sequences=1)
+        candidate.read_prompt(4)
+        said = [candidate.next_token]
+        for _ in range(3):
+            candidate.decode_on(1)
+            said.append(candidate.next_token)
+        prompt = candidate.batch["inputs"][:1, :-4]
+        assert torch.equal(torch.cat([prompt, *said], dim=1), candidate.model.generate(prompt, 4, temperature=0))
 
 
 def test_contexts_with_as_many_sequences(bench_here):

@@ -211,7 +211,7 @@ def test_without_the_package_it_costs_one_sentence(workshop, monkeypatch):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--lm_eval=,"], ["--lm_eval=, names no task"]),
-    (["--lm_eval=piqa", "--loss"], ["--loss and --lm_eval are two evaluations"]),
+    (["--lm_eval=piqa", "--loss"], ["--loss and --lm_eval are different evaluations"]),
     (["--lm_eval_limit=5"], ["--lm_eval_limit=5 does nothing without --lm_eval"]),
     (["--lm_eval=piqa", "--lm_eval_shots=-1"], ["--lm_eval_shots=-1 must be at least 0"]),
 ], ids=lambda value: " ".join(value))  # fmt: skip

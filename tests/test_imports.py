@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from eval_probes import PROBE_REGISTRY
 from mixer_attention import MIXER_REGISTRY
 from model_components import FFN_REGISTRY, NORM_REGISTRY, POSITION_ENCODING_REGISTRY
 from model_config import PRESETS
@@ -151,8 +152,8 @@ def test_the_search_would_find_a_name():
 
 def test_train_py_names_no_architecture_objective_optimizer_or_wrapper():
     names = {*PRESETS, *WRAPPERS, *OBJECTIVE_REGISTRY, *OPTIMIZER_REGISTRY, *HF_CLASS_REGISTRY, *INIT_REGISTRY}
-    names |= {*MIXER_REGISTRY, *FFN_REGISTRY, *NORM_REGISTRY, *POSITION_ENCODING_REGISTRY}
+    names |= {*MIXER_REGISTRY, *FFN_REGISTRY, *NORM_REGISTRY, *POSITION_ENCODING_REGISTRY, *PROBE_REGISTRY}
     names -= {"none"}  # a word
     names -= {"attention"}  # the row of the record that says which attention kernel ran
-    assert {"llama", "causal_lm", "adamw", "rope", "fsdp", "LlamaForCausalLM", "hf"} <= names
+    assert {"llama", "causal_lm", "adamw", "rope", "fsdp", "LlamaForCausalLM", "hf", "mqar"} <= names
     assert not words_of_code((ROOT / "train.py").read_text(encoding="utf-8")) & names

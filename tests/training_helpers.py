@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import train
 import training_report
 from model_flops import HardwarePeak
-from training_memory import StepMemory
 from training_checkpoint import sha256
+from training_memory import StepMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 
