@@ -340,12 +340,30 @@ def _merged(optimizer, found):
     return {name: merged[name] for name, _ in _named(optimizer) if name in merged}
 
 
+def held(optimizer):
+    """{name: parameter} of those that this rank steps."""
+    own = {id(parameter) for group in _own_part(optimizer).param_groups for parameter in group["params"]}
+    return {name: parameter for name, parameter in _named(optimizer) if id(parameter) in own}
+
+
+def held_state(optimizer):
+    """{parameter name: {'exp_avg': tensor, ...}} as this rank holds it: sharded tensors, and of ZeRO-1 its part."""
+    state = _own_part(optimizer).state
+    return {name: dict(state[parameter]) for name, parameter in held(optimizer).items() if parameter in state}
+
+
+def empty_like(parameter, shape, dtype):
+    """An empty tensor where the parameter's is, and sharded as it is where it has the parameter's shape."""
+    if tuple(shape) == tuple(parameter.shape):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
+
+
 def restore_state(optimizer, states):
-    """Put what `whole_state` returned back, on each rank the part that it holds."""
+    """Put what `whole_state` or `held_state` returned back, on each rank the part that it holds."""
     own = _own_part(optimizer)
-    held = {id(parameter) for group in own.param_groups for parameter in group["params"]}
-    for name, parameter in _named(optimizer):
-        if name in states and id(parameter) in held:
+    for name, parameter in held(optimizer).items():
+        if name in states:
             own.state[parameter] = {key: _laid_out_as(parameter, value) for key, value in states[name].items()}
 
 
