@@ -211,7 +211,11 @@ def prune(run_folder, keep, always_keep=()):
 
 
 def set_aside(run_folder, step):
-    """Rename checkpoints after `step` to `abandoned-checkpoint-N`: a run that goes on from there writes its own."""
+    """Rename checkpoints after `step` to `abandoned-checkpoint-N`: a run that goes on from there writes its own.
+
+    What a killed process has half written is removed now: later, other ranks may be writing shards there.
+    """
+    remove_leftovers(run_folder)
     for later, folder in list_checkpoints(run_folder):
         if later > step:
             aside = folder.with_name(f"abandoned-{folder.name}")
@@ -270,8 +274,6 @@ class ShardedWriter(Writer):
 
         self.sharded, self.saving, self.target = training_sharded_checkpoint, None, None
         self.group = self.sharded.background_group()
-        if place.is_main:
-            remove_leftovers(run_folder)  # now: later, other ranks may already be writing
 
     def __exit__(self, kind, error, trace):
         if kind is None:

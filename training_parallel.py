@@ -72,9 +72,31 @@ def find_place(config):
     if device.type == "cpu":
         keep_freed_memory()
     if distributed:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_own_store(rank, world_size))
     tf32 = config.tf32 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return Place(device, _dtype(config.dtype, device), tf32, rank, local_rank, world_size)
+
+
+def _own_store(rank, world_size):
+    """What `init_process_group` is given besides, so that a restarted job does not meet addresses of ranks that died.
+
+    torchrun keeps one store through its restarts, old keys included (https://github.com/pytorch/pytorch/issues/135712).
+    Nodes may count restarts differently, so that the count tells attempts apart on one node alone.
+
+    Raises:
+        UserError: restarts over several nodes with that store.
+    """
+    restarts, shares = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if restarts == "0" or shares != "True":
+        return {}
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"--max-restarts={restarts} on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment "
+            "of each torchrun: without it, restarted ranks find the addresses of ranks that died"
+        )
+    store = next(dist.rendezvous("env://"))[0]
+    attempt = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": attempt, "rank": rank, "world_size": world_size}
 
 
 def leave_place(place):

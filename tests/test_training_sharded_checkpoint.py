@@ -165,6 +165,7 @@ def test_whenever_the_process_dies_a_folder_that_exists_is_whole(tmp_path, model
     assert (tmp_path / ".checkpoint-2.tmp").is_dir()
     assert checkpoint.find_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
     assert files_in(tmp_path / "checkpoint-1") == before
+    checkpoint.set_aside(tmp_path, 1)  # as a run that goes on does
     save(tmp_path, model, 5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-5"]
 
