@@ -92,7 +92,7 @@ def train(arguments, closing):
     # ---- the run folder, new or taken up again -----------------------------------------------------------------------
     if is_resumed:
         folder = Path(config.runs_dir) / config.run_name
-        saved_at = checkpoint.find_checkpoint(folder, config.resume_step)
+        saved_at = parallel.from_main(lambda: checkpoint.find_checkpoint(folder, config.resume_step), place)
         checkpoint.read_metadata(saved_at, place)  # refuses damaged files
         if not checkpoint.is_sharded(saved_at):
             checkpoint.load_model(model, saved_at)
@@ -105,7 +105,7 @@ def train(arguments, closing):
             length = f"step {ledger.step} of {total_steps}; to go on, raise --{config.length_setting}"
             raise UserError(f"run '{folder.name}' is at {length}")
     else:
-        folder = logging.new_run_folder(settings, dataset.name)
+        folder = parallel.from_main(lambda: logging.new_run_folder(settings, dataset.name), place)
     is_begun = folder.exists()
 
     # ---- recompute, compile, distribute ------------------------------------------------------------------------------

@@ -380,13 +380,8 @@ def read_metadata(folder, place=None):
     rank, world_size = (place.rank, place.world_size) if place else (0, 1)
     names = sorted(checksums)[rank::world_size]
     problem = next(filter(None, (_problem(folder, name, checksums[name]) for name in names)), None)
-    for other, found in gather((folder.name, problem), place) if place else [(folder.name, problem)]:
-        if other != folder.name:
-            raise UserError(
-                f"one rank sees {other} and another {folder.name}; runs_dir must be a folder all nodes share"
-            )
-        if found:
-            raise _corrupt(folder, found)
+    for found in filter(None, gather(problem, place) if place else [problem]):
+        raise _corrupt(folder, found)
     return metadata
 
 

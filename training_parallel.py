@@ -455,6 +455,26 @@ def any_rank(flag, place):
     return bool(sum_over_ranks(torch.tensor(float(bool(flag)), device=place.device), place) > 0)
 
 
+def from_main(decide, place):
+    """What rank 0 decides, on every rank: of files that come and go, each rank might see something else.
+
+    Raises:
+        UserError: that of rank 0, on every rank.
+    """
+    outcome = [None]
+    if place.is_main:
+        try:
+            outcome = [(decide(), None)]
+        except UserError as error:
+            outcome = [(None, str(error))]
+    if place.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    decided, problem = outcome[0]
+    if problem is not None:
+        raise UserError(problem)
+    return decided
+
+
 def gather(value, place):
     """[value of rank 0, of rank 1, ...], on every rank."""
     values = [value] * place.world_size

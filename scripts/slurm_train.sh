@@ -46,6 +46,7 @@ exit "$code"
 srun --kill-on-bad-exit=1 bash -c "$on_each_node" bash "$python" -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc_per_node="$processes" --max-restarts=3 \
     --rdzv_backend=c10d --rdzv_endpoint="$head:$port" --rdzv_id="$SLURM_JOB_ID" \
+    --rdzv_conf=read_timeout=600,join_timeout=1800 \
     train.py "$@" --run_name="$run" --runs_dir="$runs_dir" --auto_resume=True
 code=$?
 

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, F811 - book is a fixture
 
+import dataclasses
 import json
 import os
 import random
@@ -33,7 +34,7 @@ from training_helpers import (
 )
 from user_errors import UserError
 
-# An objective whose process dies without a word, or gets a signal, where a file says so: `<signal>-<rank>-<step>`.
+# An objective whose process dies without a word, or gets a signal, where a file says so: `<signal>-<rank>-<step>`, once.
 STRUCK = '''
 import os, signal
 from training_objectives import OBJECTIVE_REGISTRY, CausalLM
@@ -92,7 +93,7 @@ def struck(shop):
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is of POSIX")
 @pytest.mark.parametrize("form, mode", [("unsharded", "ddp"), ("sharded", "fsdp")])
 def test_a_job_whose_ranks_are_killed_ends_with_the_weights_of_one_that_was_left_alone(shop, form, mode):
-    arguments = (*STEPS, "struck.py", f"--checkpoint_format={form}", f"--use_fsdp={mode == 'fsdp'}")
+    arguments = (*STEPS, "--gradient_accumulation_steps=2", "struck.py", f"--checkpoint_format={form}", f"--use_fsdp={mode == 'fsdp'}")
     code, text = torchrun(shop, 2, *shop.command(*arguments, name="straight"))
     assert code == 0, text
     rng = random.Random(form)
@@ -112,7 +113,7 @@ def test_a_job_whose_ranks_are_killed_ends_with_the_weights_of_one_that_was_left
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="SIGUSR1 is of POSIX")
 def test_a_signal_to_one_rank_saves_on_all_and_the_job_goes_on(shop):
-    arguments = (*STEPS, "struck.py", "--checkpoint_format=sharded", "--use_fsdp=True")
+    arguments = (*STEPS, "--gradient_accumulation_steps=2", "struck.py", "--checkpoint_format=sharded", "--use_fsdp=True")
     code, text = torchrun(shop, 2, *shop.command(*arguments, name="straight"))
     assert code == 0, text
     command = shop.command(*arguments, "--auto_resume=True", name="told")
@@ -234,12 +235,39 @@ def test_each_attempt_of_torchrun_meets_at_keys_of_its_own(monkeypatch):
     assert parallel._own_store(0, 4) == {}
 
 
-def test_ranks_that_see_other_checkpoints_or_damage_are_refused_alike(workshop, monkeypatch):
+TWO = parallel.Place(torch.device("cpu"), "float32", False, 0, 0, 2)
+
+
+def test_damage_that_another_rank_finds_is_refused_alike(workshop, monkeypatch):
     folder = workshop.run() / "checkpoint-8"
-    place = parallel.Place(torch.device("cpu"), "float32", False, 0, 0, 2)
-    others = {("checkpoint-8", "x is missing"): "checkpoint-8 is damaged: x is missing",
-              ("checkpoint-4", None): "one rank sees checkpoint-4 and another checkpoint-8"}  # fmt: skip
-    for other, words in others.items():
-        monkeypatch.setattr(checkpoint, "gather", lambda own, _, other=other: [own, other])
-        with pytest.raises(UserError, match=words):
+    shares = []
+    for rank in (0, 1):
+        (folder / "training_state.pt").write_bytes(b"x")
+        place = dataclasses.replace(TWO, rank=rank)
+        monkeypatch.setattr(checkpoint, "gather", lambda found, _: shares.append(found) or [found, "x is missing"])
+        with pytest.raises(UserError, match="checkpoint-8 is damaged"):
             checkpoint.read_metadata(folder, place)
+    assert shares == [None, "training_state.pt does not match its checksum"]  # each checks its share
+
+
+def test_rank_0_decides_for_all(monkeypatch):
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda values, src: sent.append((*values, src)))
+    assert parallel.from_main(lambda: "runs/a", TWO) == "runs/a"
+
+    def refuse():
+        raise UserError("runs/a exists")
+
+    with pytest.raises(UserError, match="runs/a exists"):
+        parallel.from_main(refuse, TWO)
+    assert sent == [(("runs/a", None), 0), ((None, "runs/a exists"), 0)]
+    for decision, _ in sent[:]:
+        monkeypatch.setattr(
+            torch.distributed, "broadcast_object_list", lambda values, src, told=decision: values.__setitem__(0, told)
+        )
+        other = dataclasses.replace(TWO, rank=1)
+        if decision[1] is None:
+            assert parallel.from_main(refuse, other) == "runs/a"
+        else:
+            with pytest.raises(UserError, match="runs/a exists"):
+                parallel.from_main(refuse, other)
