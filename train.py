@@ -143,6 +143,8 @@ def train(arguments, closing):
         record["initial_weights"] = first_weights.record
         log = logging.RunLogger(folder, settings, record, dataset, total_steps, is_begun)
 
+    stop = closing.enter_context(checkpoint.StopSignals(wanted=not config.eval_only))  # until all is closed
+
     @closing.push
     def finish(kind, error, trace):
         """However the run ended: close its files, and let summary.json say how."""
@@ -200,9 +202,7 @@ def train(arguments, closing):
         stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches, place.rank, place.world_size,
         place.device, prepare=lambda batch: objective.prepare(batch, config.seed),
     ))  # fmt: skip
-    stop = closing.enter_context(checkpoint.StopSignals())
-    in_a_row = 0
-    t_loop, first_step = time.perf_counter(), ledger.step
+    t_loop, first_step, in_a_row = time.perf_counter(), ledger.step, 0
     logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
 
     while ledger.step < total_steps:

@@ -544,15 +544,16 @@ class StopSignals:
     """Ctrl-C, SIGTERM and SIGUSR1 ask the loop to save and leave after the step in progress; a second Ctrl-C leaves
     at once.
 
-    with StopSignals() as stop:      # the handlers of before are back afterwards
+    with StopSignals() as stop:      # the handlers of before are back afterwards; wanted=False leaves them alone
         ... stop.received ...        # the signal, or None
     """
 
-    def __init__(self):
+    def __init__(self, wanted=True):
         self.received = self.name = None
+        self.signals = STOPPING if wanted else ()
 
     def __enter__(self):
-        self.before = {signum: signal.signal(signum, self._note) for signum in STOPPING}
+        self.before = {signum: signal.signal(signum, self._note) for signum in self.signals}
         return self
 
     def __exit__(self, *exception):

@@ -34,7 +34,7 @@ from training_helpers import (
 )
 from user_errors import UserError
 
-# An objective whose process dies without a word, or gets a signal, where a file says so: `<signal>-<rank>-<step>`, once.
+# An objective whose process gets a signal, SIGKILL for one, where a file says so: `<signal>-<rank>-<step>`, once.
 STRUCK = '''
 import os, signal
 from training_objectives import OBJECTIVE_REGISTRY, CausalLM
@@ -93,7 +93,13 @@ def struck(shop):
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is of POSIX")
 @pytest.mark.parametrize("form, mode", [("unsharded", "ddp"), ("sharded", "fsdp")])
 def test_a_job_whose_ranks_are_killed_ends_with_the_weights_of_one_that_was_left_alone(shop, form, mode):
-    arguments = (*STEPS, "--gradient_accumulation_steps=2", "struck.py", f"--checkpoint_format={form}", f"--use_fsdp={mode == 'fsdp'}")
+    arguments = (
+        *STEPS,
+        "--gradient_accumulation_steps=2",
+        "struck.py",
+        f"--checkpoint_format={form}",
+        f"--use_fsdp={mode == 'fsdp'}",
+    )
     code, text = torchrun(shop, 2, *shop.command(*arguments, name="straight"))
     assert code == 0, text
     rng = random.Random(form)
@@ -113,7 +119,13 @@ def test_a_job_whose_ranks_are_killed_ends_with_the_weights_of_one_that_was_left
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="SIGUSR1 is of POSIX")
 def test_a_signal_to_one_rank_saves_on_all_and_the_job_goes_on(shop):
-    arguments = (*STEPS, "--gradient_accumulation_steps=2", "struck.py", "--checkpoint_format=sharded", "--use_fsdp=True")
+    arguments = (
+        *STEPS,
+        "--gradient_accumulation_steps=2",
+        "struck.py",
+        "--checkpoint_format=sharded",
+        "--use_fsdp=True",
+    )
     code, text = torchrun(shop, 2, *shop.command(*arguments, name="straight"))
     assert code == 0, text
     command = shop.command(*arguments, "--auto_resume=True", name="told")
@@ -153,6 +165,24 @@ def test_two_four_and_one_processes_train_what_one_does(shop, form):
     torch.testing.assert_close(
         training_state(folder, 20)["optimizers"], training_state(plain, 20)["optimizers"], rtol=1e-4, atol=1e-6
     )
+
+
+def test_a_second_signal_does_not_disturb_what_is_still_being_written(workshop, monkeypatch):
+    through, finish = [], train.logging.RunLogger.finish
+
+    def told_again(self, *arguments):
+        signal.raise_signal(signal.SIGTERM)
+        finish(self, *arguments)
+
+    monkeypatch.setattr(train.logging.RunLogger, "finish", told_again)
+    before = signal.signal(signal.SIGTERM, lambda *_: through.append("it would have ended here"))
+    try:
+        folder = workshop.run("--max_iters=2")
+        assert not through and summary(folder)["status"] == "finished"
+        signal.raise_signal(signal.SIGTERM)
+        assert through  # the handler of before is back
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---- a command that is run again ------------------------------------------------------------------------------------

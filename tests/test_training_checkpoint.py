@@ -396,14 +396,16 @@ def test_the_random_state_comes_back():
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
-def test_a_signal_is_noted_and_the_handlers_come_back(signum, name):
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+@pytest.mark.parametrize("signum", checkpoint.STOPPING)
+def test_a_signal_is_noted_and_the_handlers_come_back(signum):
+    name = "Ctrl-C" if signum == signal.SIGINT else signum.name
+    handlers = [signal.getsignal(number) for number in checkpoint.STOPPING]
     with checkpoint.StopSignals() as stop:
         assert stop.received is None
         signal.raise_signal(signum)
         assert stop.received == signum and stop.name == name
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in checkpoint.STOPPING] == handlers
+    assert hasattr(signal, "SIGUSR1") == ("SIGUSR1" in {number.name for number in checkpoint.STOPPING})
 
 
 def test_only_a_second_ctrl_c_leaves_at_once():
