@@ -471,7 +471,8 @@ def _shards_of(folder):
     try:
         yield training_sharded_checkpoint, folder / SHARDS
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise _corrupt(folder, f"{SHARDS} cannot be read ({type(error).__name__})") from error
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:160]
+        raise _corrupt(folder, f"{SHARDS} cannot be read ({reason})") from error
 
 
 def read_whole(folder):
