@@ -59,10 +59,28 @@ def save(folder, model, step=3, afterwards=lambda: None, optimizers=()):
 # ---- one process ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [("--weight_tying=True",), (*MOE, "--optimizer=muon")], ids=["tied", "moe, muon"])
-def test_a_sharded_checkpoint_holds_what_an_unsharded_one_does(workshop, settings):
-    plain = workshop.run(*settings, "--dropout=0.2")
-    folder = workshop.run(*settings, "--dropout=0.2", SHARDED)
+SETTINGS = (*MOE, "--optimizer=muon", "--dropout=0.2", "--weight_tying=True", "--lr_decay_iters=8")
+
+
+@pytest.fixture(scope="module")
+def made(book, tmp_path_factory):
+    """Runs of one process: plain and sharded to step 8, half of it sharded to step 4."""
+    shop = Workshop(tmp_path_factory.mktemp("made"), book)
+    shop.run(*SETTINGS, name="plain")
+    shop.run(*SETTINGS, SHARDED, name="sharded")
+    shop.run(*SETTINGS, SHARDED, "--max_iters=4", name="half")
+    return shop.runs
+
+
+@pytest.fixture
+def copies(made, workshop):
+    """The runs of `made`, to change."""
+    shutil.copytree(made, workshop.runs)
+    return workshop.runs
+
+
+def test_a_sharded_checkpoint_holds_what_an_unsharded_one_does(made):
+    plain, folder = made / "plain", made / "sharded"
     assert {path.name for path in (folder / "checkpoint-8").iterdir()} == {
         "shards", "training_state.pt", "metadata.json",
     }  # fmt: skip
@@ -73,17 +91,15 @@ def test_a_sharded_checkpoint_holds_what_an_unsharded_one_does(workshop, setting
 
 
 @pytest.mark.parametrize("then", ["sharded", "unsharded"])
-def test_a_run_goes_on_from_shards_exactly_and_in_either_format(workshop, then):
-    straight = workshop.run("--dropout=0.2", "--lr_decay_iters=8")
-    folder = workshop.run("--dropout=0.2", "--lr_decay_iters=8", "--max_iters=4", SHARDED)
-    workshop.resume(folder, "--max_iters=8", f"--checkpoint_format={then}")
+def test_a_run_goes_on_from_shards_exactly_and_in_either_format(workshop, copies, then):
+    folder = workshop.resume(copies / "half", "--max_iters=8", f"--checkpoint_format={then}")
     if then == "sharded":
         convert([str(folder / "checkpoint-8")])
-    assert_same_run(straight, folder, 8)
+    assert_same_run(copies / "plain", folder, 8)
 
 
-def test_a_converted_checkpoint_is_an_unsharded_one_and_the_shards_stay(workshop):
-    plain, folder = workshop.run(), workshop.run(SHARDED)
+def test_a_converted_checkpoint_is_an_unsharded_one_and_the_shards_stay(workshop, copies):
+    plain, folder = copies / "plain", copies / "sharded"
     target = folder / "checkpoint-8"
     shards = files_in(target)
     workshop.printed()
@@ -100,17 +116,16 @@ def test_a_converted_checkpoint_is_an_unsharded_one_and_the_shards_stay(workshop
     assert_same(weights(folder, 8), weights(plain, 8))
 
 
-def test_sample_and_evaluate_read_shards_as_they_are(workshop, capsys):
-    plain, folder = workshop.run(), workshop.run(SHARDED)
+def test_sample_and_evaluate_read_shards_as_they_are(workshop, copies):
     texts = []
-    for run in (plain, folder):
+    for name in ("plain", "sharded"):
         workshop.printed()
-        sample.main([f"--run_name={run.name}", f"--runs_dir={run.parent}", "--start=the", "--max_new_tokens=20"])
+        sample.main([f"--run_name={name}", f"--runs_dir={copies}", "--start=the", "--max_new_tokens=20"])
         texts.append(workshop.printed())
     assert texts[0] == texts[1] and texts[0].strip()
-    evaluate.main(["--run_names", plain.name, folder.name, "--runs_dir", str(folder.parent), "--loss", "--loss_tokens",
-                   "200", "--out_dir", str(workshop.folder / "out")])  # fmt: skip
-    found, expected = (read_json(run / "evals.jsonl")["parts"] for run in (folder, plain))
+    evaluate.main(["--run_names", "plain", "sharded", "--runs_dir", str(copies), "--loss", "--loss_tokens", "200",
+                   "--out_dir", str(workshop.folder / "out")])  # fmt: skip
+    found, expected = (read_json(copies / name / "evals.jsonl")["parts"] for name in ("sharded", "plain"))
     assert found == expected and found["whole"]["all"]["targets"] == 192
 
 
@@ -251,8 +266,8 @@ def test_weights_of_another_architecture_are_refused(tmp_path, tiny, model, chan
     assert "another architecture" in str(error.value) and words in str(error.value)
 
 
-def test_what_is_no_sharded_checkpoint_is_not_converted(workshop):
-    folder = workshop.run()
+def test_what_is_no_sharded_checkpoint_is_not_converted(workshop, made):
+    folder = made / "plain"
     for argument in (folder, folder / "checkpoint-8", folder / "checkpoint-9"):
         assert f"{argument} is no sharded checkpoint" in workshop.refused(argument, main=convert)
     assert "no checkpoint is given" in workshop.refused(main=convert)
