@@ -86,7 +86,7 @@ def flatten(model_values, train_values):
 
 
 def read_settings(arguments, base=None):
-    """Settings from a command line; with init_from=resume, those of the run under what the command line says.
+    """Settings from a command line; of a run that is resumed, its own under what the command line says.
 
     Args:
         arguments: as in sys.argv[1:]: config files, `--key=value`, `--key value`, `--flag`.
@@ -96,6 +96,8 @@ def read_settings(arguments, base=None):
         UserError: an unknown name, a wrong type, a file that is missing or fails, a contradiction.
     """
     values, given, named, sources = _read_values(arguments, base or {})
+    if base is None and values.get("auto_resume") and has_checkpoint(values):
+        return resume([*arguments, "--init_from=resume"])
     if base is None and values.get("init_from") == "resume":
         return resume(arguments)
     model, train = build_configs(values)
@@ -347,8 +349,18 @@ FIXED_FOR_A_RUN = (
     "match",
     "match_to",
 )
-FOR_ONE_COMMAND = ("resume_step", "eval_only")  # what an earlier command of the run said is not meant for the next
+FOR_ONE_COMMAND = (
+    "resume_step",
+    "auto_resume",
+    "eval_only",
+)  # what an earlier command of the run said is not meant for the next
 LENGTHS = ("max_iters", "max_tokens", "epochs")  # giving one takes the place of the one that the run had
+
+
+def has_checkpoint(values):
+    """Whether the run that the settings name can be taken up again."""
+    folder = Path(values.get("runs_dir", TrainConfig.runs_dir)) / (values.get("run_name") or "")
+    return values.get("run_name") is not None and any(folder.glob("checkpoint-[0-9]*/metadata.json"))
 
 
 def resume(arguments):

@@ -96,19 +96,21 @@ def train(arguments, closing):
     # ---- the run folder, new or taken up again -----------------------------------------------------------------------
     if is_resumed:
         folder = Path(config.runs_dir) / config.run_name
-        saved_at = checkpoint.find_checkpoint(folder, config.resume_step)
-        checkpoint.read_metadata(saved_at)  # refuses damaged files
-        checkpoint.load_model(model, saved_at)
+        saved_at = parallel.from_main(lambda: checkpoint.find_checkpoint(folder, config.resume_step), place)
+        checkpoint.read_metadata(saved_at, place)  # refuses damaged files
+        if not checkpoint.is_sharded(saved_at):
+            checkpoint.load_model(model, saved_at)
         saved = checkpoint.load_training_state(saved_at)
         if saved["stream"] != stream.initial_hash:
             raise UserError(f"run '{folder.name}' was trained on other tokens than {dataset.folder} has; restore those")
         scaler.load_state_dict(saved["scaler"])
         ledger.restore(saved["ledger"], logging.read_metrics(folder / "metrics.jsonl"))
-        if ledger.step >= total_steps and not config.eval_only:
+        if ledger.step >= total_steps and not (config.eval_only or config.auto_resume):
             length = f"step {ledger.step} of {total_steps}; to go on, raise --{config.length_setting}"
             raise UserError(f"run '{folder.name}' is at {length}")
     else:
-        folder = logging.new_run_folder(settings, dataset.name)
+        folder = parallel.from_main(lambda: logging.new_run_folder(settings, dataset.name), place)
+    is_begun = folder.exists()
 
     # ---- recompute, compile, distribute ------------------------------------------------------------------------------
     parallel.checkpoint_activations(model, config)
@@ -119,7 +121,7 @@ def train(arguments, closing):
     module = parallel.wrap(objective, module, place, config)
     optimizers = parallel.distributed_optimizers(optimizers, model, place, config)
     if is_resumed:
-        checkpoint.restore_optimizers(optimizers, saved["optimizers"], saved_at)
+        checkpoint.restore(model, optimizers, saved, saved_at)
 
     # ---- say what is about to happen ---------------------------------------------------------------------------------
     peak = hardware_peak(place.device, place.precision)
@@ -137,12 +139,14 @@ def train(arguments, closing):
     if place.is_main and config.eval_only:
         log = logging.ConsoleLogger(total_steps)
     elif place.is_main:
-        if is_resumed:
+        if is_begun:
             checkpoint.set_aside(folder, ledger.step)
             logging.rewind_metrics(folder, ledger.step)
         record = logging.config_record(settings, folder.name, model, flops, dataset, validation, resolved, arguments)
         record["initial_weights"] = first_weights.record
-        log = logging.RunLogger(folder, settings, record, dataset, total_steps, is_resumed)
+        log = logging.RunLogger(folder, settings, record, dataset, total_steps, is_begun)
+
+    stop = closing.enter_context(checkpoint.StopSignals(wanted=not config.eval_only))  # until all is closed
 
     @closing.push
     def finish(kind, error, trace):
@@ -156,18 +160,18 @@ def train(arguments, closing):
 
     def save():
         """Write the checkpoint of this step, unless it exists."""
-        random_states = parallel.gather(checkpoint.random_state(place.device), place)
         ledger.add_joules(parallel.gather(meter.take_joules(), place))
-        weights, optimizer_states = parallel.whole_weights(model), checkpoint.optimizer_state(optimizers)
-        if place.is_main and not (folder / f"checkpoint-{ledger.step}").exists():
-            state = {
-                "ledger": ledger.state(), "optimizers": optimizer_states,
-                "scaler": scaler.state_dict(), "stream": stream.initial_hash, "random_states": random_states,
-            }  # fmt: skip
-            metadata = logging.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
-            checkpoint.save_checkpoint(folder, weights, state, metadata)
-            saved_steps = {step for step, _ in checkpoint.list_checkpoints(folder)}
-            checkpoint.prune(folder, config.keep_checkpoints, {ledger.best(saved_steps).get("step"), *due})
+        state = {
+            "ledger": ledger.state(), "scaler": scaler.state_dict(), "stream": stream.initial_hash,
+            "random_states": parallel.gather(checkpoint.random_state(place.device), place),
+        }  # fmt: skip
+        metadata = logging.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
+        writer.save(model, optimizers, state, metadata, prune)
+
+    def prune():
+        """Leave the latest checkpoints, the best and the scheduled ones."""
+        saved_steps = {step for step, _ in checkpoint.list_checkpoints(folder)}
+        checkpoint.prune(folder, config.keep_checkpoints, {ledger.best(saved_steps).get("step"), *due})
 
     def evaluate():
         """Score the fixed validation windows and keep the result."""
@@ -183,6 +187,7 @@ def train(arguments, closing):
 
     if config.eval_only:
         return evaluate()
+    writer = closing.enter_context(checkpoint.WRITERS[config.checkpoint_format](folder, place))
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     to_evaluate = {*due, total_steps}
@@ -201,7 +206,6 @@ def train(arguments, closing):
         stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches, place.rank, place.world_size,
         place.device, prepare=lambda batch: objective.prepare(batch, config.seed),
     ))  # fmt: skip
-    stop = closing.enter_context(checkpoint.StopSignals())
     in_a_row, t_loop, first_step = 0, time.perf_counter(), ledger.step
     logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
 

@@ -4,6 +4,8 @@ runs/<name>/checkpoint-5000/
   model.safetensors     unsharded and unprefixed: loads on a laptop, whatever trained it
   training_state.pt     optimizer by parameter name, random state, scaler, stream (loads with weights_only=True)
   metadata.json         step, token counters, both configs, checksums
+
+With checkpoint_format=sharded a folder `shards` stands in the place of the weights and of the optimizer's tensors.
 """
 
 import contextlib
@@ -22,10 +24,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from training_config import scheduled_counts
-from training_parallel import restore_state, unique_tensors, whole_state
+from training_parallel import (
+    empty_like,
+    gather,
+    held,
+    held_state,
+    restore_state,
+    unique_tensors,
+    whole_state,
+    whole_weights,
+)
 from user_errors import UserError
 
 FORMAT = 1
+SHARDS = "shards"  # the folder of a sharded checkpoint's tensors
 FIRST_OF_EPOCH = 1000  # a generated schedule begins at a thousandth of the first epoch, whatever a step holds
 
 
@@ -117,25 +129,48 @@ def save_checkpoint(run_folder, tensors, training_state, metadata):
     Raises:
         UserError: the disk does not take it; the checkpoints before it stay.
     """
-    target = Path(run_folder) / f"checkpoint-{metadata['global_step']}"
-    for leftover in target.parent.glob(".checkpoint-*.tmp"):  # of a process that was killed while it saved
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = target.with_name(f".{target.name}.tmp")
+    remove_leftovers(run_folder)
+    target, temporary = _names(run_folder, metadata)
     try:
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "model.safetensors")
-        torch.save(training_state, temporary / "training_state.pt")
-        checksums = {name: sha256(temporary / name) for name in ("model.safetensors", "training_state.pt")}
-        write_json(temporary / "metadata.json", {"format": FORMAT, **metadata, "checksums": checksums})
-        for path in temporary.iterdir():
-            _sync(path)
-        os.replace(temporary, target)
+        _complete(target, temporary, training_state, metadata, {"model.safetensors"}, {})
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what the libraries make of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        remedy = "make room on the disk, then --init_from=resume"
-        raise UserError(f"{target} could not be written ({error}); {remedy}") from error
-    _sync(target.parent)
+        raise _not_written(target, error) from error
     return target
+
+
+def remove_leftovers(run_folder):
+    """Remove what a process that was killed while it saved has left."""
+    for leftover in Path(run_folder).glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _names(run_folder, metadata):
+    """(the folder of a checkpoint, the folder in which it is written)."""
+    target = Path(run_folder) / f"checkpoint-{metadata['global_step']}"
+    return target, target.with_name(f".{target.name}.tmp")
+
+
+def _complete(target, temporary, training_state, metadata, to_check, checksums):
+    """Write what stands beside the tensors, sync everything and give the folder its name.
+
+    Args:
+        to_check: names of files whose checksums are taken here. checksums: those that are known.
+    """
+    torch.save(training_state, temporary / "training_state.pt")
+    checksums = {name: sha256(temporary / name) for name in sorted({*to_check, "training_state.pt"})} | checksums
+    write_json(temporary / "metadata.json", {"format": FORMAT, **metadata, "checksums": checksums})
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    os.replace(temporary, target)
+    _sync(target.parent)
+
+
+def _not_written(target, error):
+    remedy = "make room on the disk, then --init_from=resume"
+    return UserError(f"{target} could not be written ({error}); {remedy}")
 
 
 def _sync(path):
@@ -176,12 +211,120 @@ def prune(run_folder, keep, always_keep=()):
 
 
 def set_aside(run_folder, step):
-    """Rename checkpoints after `step` to `abandoned-checkpoint-N`: a run that goes on from there writes its own."""
+    """Rename checkpoints after `step` to `abandoned-checkpoint-N`: a run that goes on from there writes its own.
+
+    What a killed process has half written is removed now: later, other ranks may be writing shards there.
+    """
+    remove_leftovers(run_folder)
     for later, folder in list_checkpoints(run_folder):
         if later > step:
             aside = folder.with_name(f"abandoned-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(folder, aside)
+
+
+class Writer:
+    """Saves a run's checkpoints, one after another. Every rank has one, and all call it together.
+
+    with WRITERS["unsharded"](folder, place) as writer:
+        writer.save(model, optimizers, state, metadata, afterwards)
+    """
+
+    def __init__(self, run_folder, place):
+        self.folder, self.place, self.step = Path(run_folder), place, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        pass
+
+    def save(self, model, optimizers, state, metadata, afterwards):
+        """Save the step of `metadata`, unless it was the last one saved.
+
+        Args:
+            model: as it is wrapped. optimizers: likewise.
+            state: the rest of training_state.pt. metadata: as for `save_checkpoint`.
+            afterwards: called on rank 0 when the checkpoint is there.
+
+        Raises:
+            UserError: the disk did not take this one, or one that was still being written.
+        """
+        if self.step != metadata["global_step"]:
+            self.step = metadata["global_step"]
+            self.write(model, optimizers, state, metadata, afterwards)
+
+
+class UnshardedWriter(Writer):
+    """Rank 0 gathers everything and writes it, while the others wait."""
+
+    def write(self, model, optimizers, state, metadata, afterwards):
+        weights, state = whole_weights(model), {**state, "optimizers": optimizer_state(optimizers)}
+        if self.place.is_main:
+            save_checkpoint(self.folder, weights, state, metadata)
+            afterwards()
+
+
+class ShardedWriter(Writer):
+    """Each rank writes what it holds, in a thread, while training goes on; one checkpoint at a time."""
+
+    def __init__(self, run_folder, place):
+        super().__init__(run_folder, place)
+        import training_sharded_checkpoint  # a second to import, for those who want it
+
+        self.sharded, self.saving, self.target = training_sharded_checkpoint, None, None
+        self.group = self.sharded.background_group()
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            self.wait()
+        elif self.saving is not None:
+            self.saving.exception()  # it may still become whole
+
+    def write(self, model, optimizers, state, metadata, afterwards):
+        self.wait()
+        self.target, temporary = _names(self.folder, metadata)
+        target, state = self.target, {**state, "optimizers": [{} for _ in optimizers]}
+
+        def complete(checksums):
+            checksums = {f"{SHARDS}/{name}": checksum for name, checksum in checksums.items()}
+            _complete(target, temporary, state, metadata, (), checksums)
+            afterwards()
+
+        tensors = tensors_in_shards(model, optimizers)
+        self.saving = self.sharded.save_in_background(temporary / SHARDS, tensors, self.group, sha256, complete)
+
+    def wait(self):
+        """Until the checkpoint that is being written is there.
+
+        Raises:
+            UserError: the disk did not take it, on any rank; the checkpoints before it stay.
+        """
+        saving, self.saving = self.saving, None
+        error = saving and saving.exception()
+        if error is None:
+            return
+        cause = self.sharded.failure(error)
+        if cause is error or not isinstance(cause, (OSError, RuntimeError)):
+            raise cause
+        if self.place.is_main:
+            remove_leftovers(self.folder)
+        raise _not_written(self.target, cause) from error
+
+
+WRITERS = {"unsharded": UnshardedWriter, "sharded": ShardedWriter}
+
+
+def tensors_in_shards(model, optimizers):
+    """{name: tensor} of all that this rank holds: `model.<name>`, `optimizers.<index>.<parameter>.exp_avg`, ..."""
+    tensors = {f"model.{name}": tensor for name, tensor in unique_tensors(model).items()}
+    for index, optimizer in enumerate(optimizers):
+        for name, state in held_state(optimizer).items():
+            tensors.update({f"optimizers.{index}.{name}.{key}": value for key, value in state.items()})
+    for name, value in tensors.items():
+        if not torch.is_tensor(value):
+            raise UserError(f"checkpoint_format=sharded writes tensors alone, and {name} is {value!r}; use unsharded")
+    return tensors
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -213,11 +356,19 @@ def find_checkpoint(run_folder, step=None):
     return found[step]
 
 
-def read_metadata(folder):
+def is_sharded(folder):
+    """Whether a checkpoint's tensors are in shards."""
+    return (Path(folder) / SHARDS).is_dir()
+
+
+def read_metadata(folder, place=None):
     """metadata.json of a checkpoint, its files' checksums verified.
 
+    Args:
+        place: of the ranks that share the checking and call this together; None checks alone.
+
     Raises:
-        UserError: a missing, unreadable or altered file, naming another checkpoint to go on from.
+        UserError: a missing, unreadable or altered file, naming another checkpoint to go on from; on every rank alike.
     """
     try:
         metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
@@ -226,12 +377,19 @@ def read_metadata(folder):
         raise _corrupt(folder, "metadata.json cannot be read") from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"{folder} has format {metadata.get('format')!r} and this version reads {FORMAT}")
-    for name, checksum in checksums.items():
-        if not (folder / name).is_file():
-            raise _corrupt(folder, f"{name} is missing")
-        if sha256(folder / name) != checksum:
-            raise _corrupt(folder, f"{name} does not match its checksum")
+    rank, world_size = (place.rank, place.world_size) if place else (0, 1)
+    names = sorted(checksums)[rank::world_size]
+    problem = next(filter(None, (_problem(folder, name, checksums[name]) for name in names)), None)
+    for found in filter(None, gather(problem, place) if place else [problem]):
+        raise _corrupt(folder, found)
     return metadata
+
+
+def _problem(folder, name, checksum):
+    """What is wrong with a file, or None."""
+    if not (folder / name).is_file():
+        return f"{name} is missing"
+    return None if sha256(folder / name) == checksum else f"{name} does not match its checksum"
 
 
 def _corrupt(folder, what):
@@ -243,27 +401,100 @@ def _corrupt(folder, what):
 
 
 def load_model(model, folder):
-    """Fill a bare ConfigurableGPT from model.safetensors, the tied tensor included.
+    """Fill a ConfigurableGPT from a checkpoint, the tied tensor included.
+
+    From an unsharded one a bare model is filled, from a sharded one a wrapped model too, each rank what it holds.
 
     Raises:
         UserError: tensors of another architecture.
     """
+    if is_sharded(folder):
+        return restore_shards(model, [], folder)
     try:
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise _corrupt(folder, f"model.safetensors cannot be read ({error})") from None
-    own = model.state_dict()
+    _check_architecture(model, {name: tensor.shape for name, tensor in tensors.items()}, folder)
+    model.load_state_dict(tensors, strict=False)  # tied names share the tensor that is loaded
+
+
+def _check_architecture(model, shapes, folder):
+    own = unique_tensors(model)
     for name in own:
-        if name in tensors and own[name].shape != tensors[name].shape:
+        if name in shapes and own[name].shape != shapes[name]:
             raise UserError(
-                f"checkpoint {folder} is of another architecture: {name} is {tuple(tensors[name].shape)} there "
+                f"checkpoint {folder} is of another architecture: {name} is {tuple(shapes[name])} there "
                 f"and {tuple(own[name].shape)} here"
             )
-    expected = set(unique_tensors(model))
-    if expected != set(tensors):
-        odd = sorted(expected ^ set(tensors))[0]
+    if set(own) != set(shapes):
+        odd = sorted(set(own) ^ set(shapes))[0]
         raise UserError(f"checkpoint {folder} is of another architecture: {odd} is in one and not in the other")
-    model.load_state_dict(tensors, strict=False)  # tied names share the tensor that is loaded
+
+
+def restore_shards(model, optimizers, folder):
+    """Fill a model and optimizers, wrapped or not, from a sharded checkpoint: each rank reads what it holds.
+
+    Raises:
+        UserError: tensors of another architecture, or files that cannot be read.
+    """
+    with _shards_of(folder) as (sharded, shards):
+        layouts = sharded.layouts(shards)
+        found = {name[len("model.") :]: shape for name, (shape, _) in layouts.items() if name.startswith("model.")}
+        _check_architecture(model, found, folder)
+        tensors = {f"model.{name}": tensor for name, tensor in unique_tensors(model).items()}
+        states = [_empty_states(optimizer, f"optimizers.{i}.", layouts) for i, optimizer in enumerate(optimizers)]
+        for index, of_optimizer in enumerate(states):
+            for name, state in of_optimizer.items():
+                tensors.update({f"optimizers.{index}.{name}.{key}": tensor for key, tensor in state.items()})
+        sharded.read_into(tensors, shards)
+    for optimizer, of_optimizer in zip(optimizers, states, strict=True):
+        restore_state(optimizer, of_optimizer)
+
+
+def _empty_states(optimizer, prefix, layouts):
+    """{parameter name: {'exp_avg': empty tensor, ...}} for what was saved of the parameters that this rank steps."""
+    saved = {}
+    for name, layout in layouts.items():
+        owner, _, key = name.rpartition(".")
+        saved.setdefault(owner, {})[key] = layout
+    return {
+        name: {key: empty_like(parameter, *layout) for key, layout in saved[prefix + name].items()}
+        for name, parameter in held(optimizer).items() if prefix + name in saved
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _shards_of(folder):
+    """(module that reads shards, their folder), in a context where what cannot be read costs a sentence."""
+    import training_sharded_checkpoint
+
+    try:
+        yield training_sharded_checkpoint, folder / SHARDS
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:160]
+        raise _corrupt(folder, f"{SHARDS} cannot be read ({reason})") from error
+
+
+def read_whole(folder):
+    """(weights, training state, metadata) of a sharded checkpoint, as `save_checkpoint` takes them, on the CPU.
+
+    Raises:
+        UserError: a damaged checkpoint.
+    """
+    metadata, state = read_metadata(folder), load_training_state(folder)
+    with _shards_of(folder) as (sharded, shards):
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sharded.layouts(shards).items()}
+        sharded.read_into(tensors, shards)
+    weights = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            weights[rest] = tensor
+        else:
+            index, _, rest = rest.partition(".")
+            parameter, _, key = rest.rpartition(".")
+            state["optimizers"][int(index)].setdefault(parameter, {})[key] = tensor
+    return weights, state, metadata
 
 
 def load_training_state(folder, device="cpu"):
@@ -274,11 +505,17 @@ def load_training_state(folder, device="cpu"):
         raise _corrupt(folder, f"training_state.pt cannot be read ({type(error).__name__})") from None
 
 
-def restore_optimizers(optimizers, saved, folder):
-    """Put the state of `optimizer_state` back, each tensor to its parameter by name."""
-    if len(saved) != len(optimizers):
+def restore(model, optimizers, saved, folder):
+    """What a wrapped model and its optimizers take from a checkpoint; the weights of an unsharded one are there.
+
+    Args:
+        saved: what `load_training_state` gave.
+    """
+    if len(saved["optimizers"]) != len(optimizers):
         raise UserError(f"{folder} was trained with another optimizer; resume with the one it had")
-    for optimizer, states in zip(optimizers, saved, strict=True):
+    if is_sharded(folder):
+        return restore_shards(model, optimizers, folder)
+    for optimizer, states in zip(optimizers, saved["optimizers"], strict=True):
         restore_state(optimizer, states)
 
 
@@ -300,18 +537,24 @@ def restore_random_state(state, device):
 # ---- leaving ---------------------------------------------------------------------------------------------------------
 
 
-class StopSignals:
-    """Ctrl-C and SIGTERM ask the loop to save and leave after the step in progress; a second Ctrl-C leaves at once.
+# SIGUSR1 is what schedulers are told to send ahead of a time limit; Windows does not have it.
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
-    with StopSignals() as stop:      # the handlers of before are back afterwards
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and SIGUSR1 ask the loop to save and leave after the step in progress; a second Ctrl-C leaves
+    at once.
+
+    with StopSignals() as stop:      # the handlers of before are back afterwards; wanted=False leaves them alone
         ... stop.received ...        # the signal, or None
     """
 
-    def __init__(self):
+    def __init__(self, wanted=True):
         self.received = self.name = None
+        self.signals = STOPPING if wanted else ()
 
     def __enter__(self):
-        self.before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {signum: signal.signal(signum, self._note) for signum in self.signals}
         return self
 
     def __exit__(self, *exception):

@@ -24,6 +24,7 @@ class TrainConfig:
     seed: int = 1337  # decides the initial weights and the order of the data
     init_from: str = "scratch"  # scratch, resume (the run called run_name), hf:NAME or FOLDER, nanogpt:CKPT
     resume_step: int | None = None  # with init_from=resume: which checkpoint; None takes the latest
+    auto_resume: bool = False  # go on where run_name has a checkpoint, else begin: for a command that is run again
 
     # -- a run on paper (docs/scaling.md)
     dry_run: bool = False  # print parameters, FLOPs, memory, communication and hours on the target, and train nothing
@@ -100,6 +101,7 @@ class TrainConfig:
     sample_tokens: int = 200  # length of the sample of text at the end; 0 for none
 
     # -- checkpoints
+    checkpoint_format: str = "unsharded"  # or sharded: each rank writes its part while training goes on
     checkpoint_interval: int | None = None  # steps between; None is eval_interval (0 with a schedule), 0 only the end
     keep_checkpoints: int = 2  # how many of the latest stay, beside the best and the scheduled ones; 0 keeps all
     checkpoint_tokens: str | tuple | None = None  # a schedule in tokens: '1M,5M,20M'; the end is always saved
@@ -314,6 +316,7 @@ def validate(config):
         "gradient_checkpointing": ("none", "full", "selective"),
         "fsdp_dtype": ("float32", "bfloat16"),
         "eval_schedule": ("interval", "checkpoints"),
+        "checkpoint_format": ("unsharded", "sharded"),
         "subsequent_epochs_spacing": ("log", "linear"),
     }
     for name, allowed in choices.items():
@@ -326,5 +329,9 @@ def validate(config):
     _check_schedule(config)
     if config.run_name is not None and (not config.run_name.strip(" .") or set(config.run_name) & set('/\\:*?"<>|')):
         raise UserError(f'run_name={config.run_name!r} must be a plain folder name without / \\ : * ? " < > |')
+    if config.auto_resume and config.run_name is None:
+        raise UserError("auto_resume=True needs run_name=NAME: the run to go on with, and to make where there is none")
+    if config.auto_resume and config.resume_step is not None:
+        raise UserError(f"auto_resume=True goes on from the latest checkpoint; drop resume_step={config.resume_step}")
     if config.init_from == "resume" and config.run_name is None:
         raise UserError("init_from=resume needs run_name=NAME, the run to continue")

@@ -38,13 +38,22 @@ FORMAT = 1
 def new_run_folder(settings, dataset_name):
     """Path of a folder that does not exist yet: run_name as given, or a name that says what the run is.
 
+    With auto_resume it may exist, where it holds no more than the beginning of the same run.
+
     Raises:
-        UserError: a run_name that is taken; nothing of an earlier run is ever overwritten.
+        UserError: a run_name that is taken; nothing of an earlier run is ever overwritten. Or restarts by torchrun,
+            each of which would begin a run of its own.
     """
     config, model = settings.train, settings.model
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and not config.auto_resume:
+        raise UserError(
+            f"torchrun would begin a new run at each of its {restarts} restarts; add --auto_resume=True and "
+            "--run_name=NAME, so that they go on, or leave --max-restarts out"
+        )
     if config.run_name is not None:
         folder = Path(config.runs_dir) / config.run_name
-        if folder.exists():
+        if folder.exists() and not (config.auto_resume and only_begun(folder, settings)):
             raise UserError(
                 f"run_name='{config.run_name}' exists in {config.runs_dir}; continue it with --init_from=resume, "
                 "or choose another name"
@@ -58,6 +67,16 @@ def new_run_folder(settings, dataset_name):
         copy += 1
         folder = Path(config.runs_dir) / f"{name}-{copy}"
     return folder
+
+
+def only_begun(folder, settings):
+    """Whether a run of these very settings was stopped here before its first checkpoint."""
+    path = folder / "config.json"
+    if not path.exists():
+        return {name for name in os.listdir(folder) if not name.startswith(".")} <= {"config", TOKENIZER_FILE}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps({"model": settings.model.to_dict(), "training": settings.train.to_dict()}))
+    return asked == {"model": record["model_config"], "training": record["training_config"]}
 
 
 def versions():
@@ -153,20 +172,20 @@ class RunLogger(ConsoleLogger):
     """Progress, metrics files and sinks of one run, on rank 0.
 
     Args:
-        folder: the run folder, made here; with `is_resumed` it is there already.
+        folder: the run folder, made here; with `is_begun` it is there already.
         record: what config.json is to hold.
 
     Raises:
         UserError: a folder that cannot be made or is taken, or a sink that is not installed; nothing is left behind.
     """
 
-    def __init__(self, folder, settings, record, dataset, total_steps, is_resumed=False):
+    def __init__(self, folder, settings, record, dataset, total_steps, is_begun=False):
         super().__init__(total_steps)
         self.folder = Path(folder)
         if settings.train.wandb_log:
             import_wandb()
         try:
-            self.folder.mkdir(parents=True, exist_ok=is_resumed)
+            self.folder.mkdir(parents=True, exist_ok=is_begun)
         except FileExistsError:
             raise UserError(f"{folder} was made by another process meanwhile; choose another run_name") from None
         except OSError as error:

@@ -72,9 +72,31 @@ def find_place(config):
     if device.type == "cpu":
         keep_freed_memory()
     if distributed:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_own_store(rank, world_size))
     tf32 = config.tf32 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return Place(device, _dtype(config.dtype, device), tf32, rank, local_rank, world_size)
+
+
+def _own_store(rank, world_size):
+    """What `init_process_group` is given besides, so that a restarted job does not meet addresses of ranks that died.
+
+    torchrun keeps one store through its restarts, old keys included (https://github.com/pytorch/pytorch/issues/135712).
+    Nodes may count restarts differently, so that the count tells attempts apart on one node alone.
+
+    Raises:
+        UserError: restarts over several nodes with that store.
+    """
+    restarts, shares = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if restarts == "0" or shares != "True":
+        return {}
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"--max-restarts={restarts} on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment "
+            "of each torchrun: without it, restarted ranks find the addresses of ranks that died"
+        )
+    store = next(dist.rendezvous("env://"))[0]
+    attempt = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": attempt, "rank": rank, "world_size": world_size}
 
 
 def leave_place(place):
@@ -340,12 +362,30 @@ def _merged(optimizer, found):
     return {name: merged[name] for name, _ in _named(optimizer) if name in merged}
 
 
+def held(optimizer):
+    """{name: parameter} of those that this rank steps."""
+    own = {id(parameter) for group in _own_part(optimizer).param_groups for parameter in group["params"]}
+    return {name: parameter for name, parameter in _named(optimizer) if id(parameter) in own}
+
+
+def held_state(optimizer):
+    """{parameter name: {'exp_avg': tensor, ...}} as this rank holds it: sharded tensors, and of ZeRO-1 its part."""
+    state = _own_part(optimizer).state
+    return {name: dict(state[parameter]) for name, parameter in held(optimizer).items() if parameter in state}
+
+
+def empty_like(parameter, shape, dtype):
+    """An empty tensor where the parameter's is, and sharded as it is where it has the parameter's shape."""
+    if tuple(shape) == tuple(parameter.shape):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
+
+
 def restore_state(optimizer, states):
-    """Put what `whole_state` returned back, on each rank the part that it holds."""
+    """Put what `whole_state` or `held_state` returned back, on each rank the part that it holds."""
     own = _own_part(optimizer)
-    held = {id(parameter) for group in own.param_groups for parameter in group["params"]}
-    for name, parameter in _named(optimizer):
-        if name in states and id(parameter) in held:
+    for name, parameter in held(optimizer).items():
+        if name in states:
             own.state[parameter] = {key: _laid_out_as(parameter, value) for key, value in states[name].items()}
 
 
@@ -413,6 +453,26 @@ def any_rank(flag, place):
     if place.world_size == 1:
         return bool(flag)
     return bool(sum_over_ranks(torch.tensor(float(bool(flag)), device=place.device), place) > 0)
+
+
+def from_main(decide, place):
+    """What rank 0 decides, on every rank: of files that come and go, each rank might see something else.
+
+    Raises:
+        UserError: that of rank 0, on every rank.
+    """
+    outcome = [None]
+    if place.is_main:
+        try:
+            outcome = [(decide(), None)]
+        except UserError as error:
+            outcome = [(None, str(error))]
+    if place.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    decided, problem = outcome[0]
+    if problem is not None:
+        raise UserError(problem)
+    return decided
 
 
 def gather(value, place):

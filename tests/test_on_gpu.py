@@ -47,9 +47,11 @@ def test_it_learns_in_every_precision(workshop, preset, dtype, compiled):  # noq
     assert losses(folder)[-1] < losses(folder)[0] - 0.2
 
 
-def test_a_resumed_run_goes_on_where_it_was(workshop):  # noqa: F811
+@pytest.mark.parametrize("form", ["unsharded", "sharded"])
+def test_a_resumed_run_goes_on_where_it_was(workshop, form):  # noqa: F811
     whole = workshop.run(CUDA, *PRECISE, "--dropout=0.1")
-    half = workshop.run(CUDA, *PRECISE, "--dropout=0.1", "--max_iters=4", "--lr_decay_iters=8")
+    saved = f"--checkpoint_format={form}"
+    half = workshop.run(CUDA, *PRECISE, "--dropout=0.1", "--max_iters=4", "--lr_decay_iters=8", saved)
     workshop.resume(half, "--max_iters=8")
     assert losses(half)[4:] == pytest.approx(losses(whole)[4:], rel=1e-4)
 

@@ -373,7 +373,7 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path, tiny, model, name):
     other = ConfigurableGPT(tiny(weight_tying=True), seed=9)
     checkpoint.load_model(other, folder)
     its_own = optimizers_of(other, name)
-    checkpoint.restore_optimizers(its_own, checkpoint.load_training_state(folder)["optimizers"], folder)
+    checkpoint.restore(other, its_own, checkpoint.load_training_state(folder), folder)
     step(model, optimizers, 3)
     step(other, its_own, 3)
     assert_same(dict(other.state_dict()), dict(model.state_dict()))
@@ -382,7 +382,7 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path, tiny, model, name):
 def test_the_state_of_another_optimizer_is_refused(tmp_path, model):
     saved = checkpoint.optimizer_state(optimizers_of(model, "adamw"))
     with pytest.raises(UserError, match="trained with another optimizer"):
-        checkpoint.restore_optimizers(optimizers_of(model, "muon"), saved, tmp_path)
+        checkpoint.restore(model, optimizers_of(model, "muon"), {"optimizers": saved}, tmp_path)
 
 
 def test_the_random_state_comes_back():
@@ -396,14 +396,16 @@ def test_the_random_state_comes_back():
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
-def test_a_signal_is_noted_and_the_handlers_come_back(signum, name):
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+@pytest.mark.parametrize("signum", checkpoint.STOPPING)
+def test_a_signal_is_noted_and_the_handlers_come_back(signum):
+    name = "Ctrl-C" if signum == signal.SIGINT else signum.name
+    handlers = [signal.getsignal(number) for number in checkpoint.STOPPING]
     with checkpoint.StopSignals() as stop:
         assert stop.received is None
         signal.raise_signal(signum)
         assert stop.received == signum and stop.name == name
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in checkpoint.STOPPING] == handlers
+    assert hasattr(signal, "SIGUSR1") == ("SIGUSR1" in {number.name for number in checkpoint.STOPPING})
 
 
 def test_only_a_second_ctrl_c_leaves_at_once():
