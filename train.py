@@ -62,6 +62,7 @@ def train(arguments, closing):
     # ---- data: the same tokens in the same order for every architecture ----------------------------------------------
     check_split(config.sequences_per_step, config.batch_size, place.world_size)
     dataset = load_dataset(config, may_prepare=place.local_rank == 0, quiet=not place.is_main)
+    OBJECTIVE_REGISTRY[config.objective].check_dataset(dataset)
     extra_tokens = OBJECTIVE_REGISTRY[config.objective].extra_tokens(config)
     settings = configurator.with_vocabulary(settings, dataset.vocab_size + extra_tokens)
     dataset.check_vocab(settings.model.vocab_size, extra_tokens)
@@ -76,7 +77,7 @@ def train(arguments, closing):
     due = checkpoint.scheduled_steps(counts, stream.tokens_per_step, total_steps)  # {step: scheduled tokens}
 
     # ---- model, objective, optimizer ---------------------------------------------------------------------------------
-    model = ConfigurableGPT(settings.model, config.seed)
+    model = ConfigurableGPT(settings.model, config.seed, OBJECTIVE_REGISTRY[config.objective].heads)
     first_weights.fill(model)
     plan = parameter_plan(model)
     objective = OBJECTIVE_REGISTRY[config.objective](model, config)

@@ -245,6 +245,8 @@ def _corrupt(folder, what):
 def load_model(model, folder):
     """Fill a bare ConfigurableGPT from model.safetensors, the tied tensor included.
 
+    A model built without the heads of an objective leaves those of the checkpoint aside: to write text, say.
+
     Raises:
         UserError: tensors of another architecture.
     """
@@ -253,6 +255,7 @@ def load_model(model, folder):
     except (OSError, SafetensorError) as error:
         raise _corrupt(folder, f"model.safetensors cannot be read ({error})") from None
     own = model.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith("heads.")}
     for name in own:
         if name in tensors and own[name].shape != tensors[name].shape:
             raise UserError(

@@ -132,7 +132,8 @@ class ConsoleLogger(SilentLogger):
         """Show an evaluation row."""
         scores = "" if row["perplexity"] is None else f"  perplexity {row['perplexity']:.2f}"
         scores += "" if row["bits_per_byte"] is None else f"  {row['bits_per_byte']:.4f} bits/byte"
-        scores += "".join(f"  {name} {value:.4f}" for name, value in own_scores(row).items())
+        own = own_scores(row).items()
+        scores += "".join(f"  {name} {value:.4f}" for name, value in own if isinstance(value, float))
         mark = "  best so far" if is_best else ""
         self.say(
             f"{self._step(row)}  val {row['val_loss']:.4f}{scores}  {human_count(row['tokens_processed'])} tokens{mark}"

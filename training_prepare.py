@@ -25,6 +25,7 @@ import numpy as np
 
 from training_config import TrainConfig
 from training_corpora import CORPUS_REGISTRY
+from training_records import write_records
 from training_shards import PROGRESS, check_no_token_files, unfinished
 from training_token_files import (
     SPLITS,
@@ -73,12 +74,14 @@ def recipe_of(settings):
     parts = [settings.dataset]
     if settings.dataset in CORPUS_REGISTRY:
         corpus = CORPUS_REGISTRY[settings.dataset]
-        variant = corpus.check_variant(variant)
-        tokenizer = tokenizer or corpus.tokenizer
-        vocab_size = learned_vocab_size(corpus, tokenizer, vocab_size)
+        if corpus.input_is_the_data and settings.input is not None:
+            parts.append(Path(settings.input).expanduser().resolve().stem)
+        if corpus.holds_records:
+            variant, vocab_size = corpus.check_choices(settings)
+        else:
+            variant, tokenizer = corpus.check_variant(variant), tokenizer or corpus.tokenizer
+            vocab_size = learned_vocab_size(corpus, tokenizer, vocab_size)
         parts += choices_that_differ(corpus, variant, tokenizer, vocab_size)
-    if settings.dataset == "text" and settings.input is not None:
-        parts.insert(1, Path(settings.input).expanduser().resolve().stem)
     folder = Path(settings.data_dir) / "-".join(parts)
     shard_tokens = getattr(settings, "shard_tokens", TrainConfig.shard_tokens)
     if shard_tokens < LEAST_SHARD_TOKENS:
@@ -89,10 +92,10 @@ def recipe_of(settings):
 def choices_that_differ(corpus, variant, tokenizer, vocab_size):
     """What a folder's name must add because it is not the dataset's default."""
     parts = []
-    if variant != corpus.check_variant(None):
+    if variant not in (None, corpus.check_variant(None)):
         parts.append(variant)
     if (tokenizer, vocab_size) != (corpus.tokenizer, corpus.tokenizer_vocab_size):
-        parts.append(f"{tokenizer}{vocab_size or ''}")
+        parts.append(f"{tokenizer or 'vocab'}{vocab_size or ''}")
     return parts
 
 
@@ -172,6 +175,12 @@ def prepare(settings, workers=None, chunk_bytes=CHUNK_BYTES, quiet=False):
     with unfinished(recipe.folder, settings_of(recipe, corpus)) as preparation, progress_bar(quiet) as advance:
         if preparation is None:  # another process made it meanwhile
             check_meets(read_meta(recipe.folder), recipe)
+            return recipe.folder
+        if corpus.holds_records:
+            facts = {"source": corpus.source(), "input": facts_of_input(corpus), **corpus.facts()}
+            names, vocab_size = ("dataset", "variant", "tokenizer_vocab_size"), corpus.vocab_size(recipe)
+            facts |= {name: getattr(recipe, name) for name in names}
+            write_records(recipe.folder, corpus.records(vocab_size, advance), vocab_size, facts)
             return recipe.folder
         tokenizer = take_up(preparation, corpus, recipe, advance)
         with kept_on_failure(preparation):
@@ -382,6 +391,9 @@ def summary_of(folder):
     for split in SPLITS:
         facts = meta["splits"][split]
         counts = [f"{facts[name]:,} {name}" for name in ("tokens", "bytes", "documents") if facts[name] is not None]
+        if facts.get("records"):
+            mean, won = facts["tokens"] / facts["documents"], facts["outcomes"] / facts["documents"]
+            counts += [f"{mean:,.1f} tokens each, {facts['longest']:,} at most", f"outcome 1 in {100 * won:.1f}%"]
         n_files = len(shards_of(meta, split))
         counts += [f"{n_files} files"] if n_files > 1 else []
         lines.append(f"  {split:5s} {', '.join(counts)}")

@@ -74,6 +74,8 @@ def architecture_tree(model, flops):
     label += f", at {100 * fraction:.3g}% of the tokens" if fraction < 1 else ""
     own = bias if config.weight_tying else bias + head.numel()
     rows.append(("", label, own, 2 * (head.numel() + bias) * fraction))
+    for name, part in model.heads.items():
+        rows.append(("", f"head for {name}  {_shape(part.weight)}", _parameters(part), _flops(part, config)))
     lines = [f"{'':<52}{'parameters':>14}{'FLOPs/token':>14}"]
     for index, (indent, label, parameters, cost) in enumerate(rows):
         last = index + 1 == len(rows) or (indent and not rows[index + 1][0])
