@@ -125,7 +125,7 @@ def train(arguments, closing):
         "parallel": parallel.mode(config, place), "dtype": place.dtype, "tf32": place.tf32, "compile": compiled,
         "threads": torch.get_num_threads(),
         "kernels": chosen_kernels, "kernels_not_taken": chosen_kernels.not_taken, "max_iters": total_steps,
-        "scoring": objective.scoring(),
+        "scoring": objective.scoring(), "tokens_per_epoch": stream.tokens_per_epoch,
         "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second,
         "peak_source": peak.source, "checkpoint_schedule": counts,
         "matching": matching.record(settings.model, config.match, config.match_to) if config.match else None,

@@ -321,7 +321,9 @@ class Games(Corpus):
                 f"have {training_games.VOCAB_SIZE} tokens"
             )
         if settings.input is not None and variant is not None:
-            raise UserError(f"variant={variant} is of simulated games; leave it out, or leave out input={settings.input}")
+            raise UserError(
+                f"variant={variant} is of simulated games; leave it out, or leave out input={settings.input}"
+            )
         return (cls.check_variant(variant) if settings.input is None else None), vocab_size
 
     def vocab_size(self, recipe):

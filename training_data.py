@@ -275,10 +275,7 @@ class BatchStream:
         starts = self.window_starts(step).reshape(-1, B)[rank::world_size]  # (micro-batches of this rank, B)
         n = self.sequences_per_step
         windows = np.arange(step * n, (step + 1) * n, dtype=np.int64).reshape(-1, B)[rank::world_size]
-        return [
-            window_batch(self.windows, rows, numbers)
-            for rows, numbers in zip(starts, windows, strict=True)
-        ]
+        return [window_batch(self.windows, rows, numbers) for rows, numbers in zip(starts, windows, strict=True)]
 
     def example_batch(self, batch_size, device="cpu"):
         """A micro-batch of the shape and type of every other: what a compiler needs to see."""

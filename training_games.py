@@ -9,8 +9,8 @@ Gold and blue each have a queen and four workers. There are three ways to win:
     economic    twelve berries are in the own hive
     snail       the snail has been ridden from the middle to the own goal
 
-A worker is free, carries a berry, is a warrior or rides the snail. It takes a berry, and brings it home or spends it at a
-gate to become a warrior; warriors take lives of the other queen, cut down warriors and throw riders off. One event
+A worker is free, carries a berry, is a warrior or rides the snail. It takes a berry, and brings it home or spends it
+at a gate to become a warrior; warriors take lives of the other queen, cut down warriors and throw riders off. One event
 is one token, so a game is START, its events, and one of six ends:
 
     tokens   start  gold:3-takes  gold:3-brings  ...  blue:2-takes  gold:queen-dies   blue-wins-by-military
@@ -20,8 +20,8 @@ is one token, so a game is START, its events, and one of six ends:
 counts of carriers and warriors of both teams, on who rides and on where the snail is: the inner state, a Markov chain.
 Berries and lost lives only grow. So with all of them fixed the probabilities solve one linear system, whose matrix is
 always the same, and the systems are solved backwards from the last berry and life (`solve`). How strong gold is, is
-hidden: one of three strengths, drawn at the start. The chances are the mean over these, weighted by how likely each made the
-events so far (Bayes' rule).
+hidden: one of three strengths, drawn at the start. The chances are the mean over these, weighted by how likely each
+made the events so far (Bayes' rule).
 
 Random bits come from counters (Philox, Salmon et al. 2011), so a game is the same on every machine. NumPy only.
 """
@@ -196,7 +196,7 @@ def solve(rules, strength):
     gold and of blue, then the inner state.
 
     With Q the steps that keep berries and lives, and r what all other steps lead to, v = Q v + r. All states with as
-    many lives left and berries brought together need only states already solved, so they are one set of right hand sides.
+    many lives left and berries brought together need only states already solved: one set of right hand sides.
     """
     P, after = probabilities(rules, strength), transitions(rules)
     n = len(P)
@@ -233,7 +233,9 @@ def leaves(values, layer, P, after):
         1.0 if blue_lives == 0 else values[gold_lives, blue_lives - 1, gold_berries, blue_berries]
     )
     if blue_berries + 1 < B:
-        total += P[:, blue_brings] * values[gold_lives, blue_lives, gold_berries, blue_berries + 1][after[:, blue_brings]]
+        total += (
+            P[:, blue_brings] * values[gold_lives, blue_lives, gold_berries, blue_berries + 1][after[:, blue_brings]]
+        )
     if gold_lives > 0:
         total += P[:, gold_dies] * values[gold_lives - 1, blue_lives, gold_berries, blue_berries]
     return total
@@ -330,9 +332,10 @@ class Table:
         self.posterior /= self.posterior.sum(axis=1, keepdims=True)
         there = self.after[self.inner, event]
         ended = np.zeros(len(event), dtype=np.int64)
-        for team, rival in ((0, 1), (1, 0)):
+        for team in range(2):
             self.berries[:, team] += event == column(team, "brings")
             self.lives[:, team] -= event == column(team, "queen-dies")
+        for team, rival in ((0, 1), (1, 0)):
             ways = (
                 self.lives[:, rival] < 0,
                 self.berries[:, team] == self.rules.berries,

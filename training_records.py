@@ -115,7 +115,7 @@ class RecordWindows:
 
 
 def read_json_lines(path, vocab_size):
-    """Yield (line number, tokens, outcome, chances or None) of a file of one record a line; empty lines are passed over.
+    """Yield (line number, tokens, outcome, chances or None) of a file of one record a line, empty lines aside.
 
     Raises:
         UserError: a line that is none, naming it.
@@ -229,8 +229,9 @@ def write_records(folder, records, vocab_size, facts):
         for record in records:
             knows = record.chances is not None
             if knows_chances not in (None, knows):
-                less = "no" if knows_chances else "the first with"
-                raise UserError(f'{facts["source"]}, line {record.line}: {less} "chances"; all records have them, or none')
+                which = "has no" if knows_chances else "is the first with"
+                where = f"line {record.line} of {facts['source']}"
+                raise UserError(f'{where} {which} "chances"; all records have them, or none')
             knows_chances = knows
             splits[record.split].append(record)
         for split, files in splits.items():

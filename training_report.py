@@ -122,6 +122,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
     config, block_size = settings.train, settings.model.block_size
     steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
     tokens, train_tokens, val_tokens = steps * tokens_per_step, len(dataset.train), len(dataset.val)
+    per_epoch = resolved["tokens_per_epoch"]
     n_recomputed = len(recomputed(model.blocks, config))
     memory = training_memory_bytes(
         model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements, n_recomputed
@@ -140,7 +141,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
                     f"tokens, {dataset.tokenizer_name}, vocabulary {dataset.vocab_size:,}"),
         ("step", f"{tokens_per_step:,} tokens: {config.batch_size} x {block_size}"
                  f" x {config.gradient_accumulation_steps} micro-batch(es)"),
-        ("run", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / train_tokens:.2f} epochs, "
+        ("run", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / per_epoch:.2f} epochs, "
                 f"{human_count(flops.training * tokens)}FLOP"),
         ("device", f"{place.world_size} x {resolved['device_name']}, {place.precision}, "
                    f"{ranks}compile {resolved['compile']}, {kernels}"),
@@ -150,6 +151,8 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
                    + ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())),
     ]  # fmt: skip
     rows += [("kernels", line) for line in kernels_not_taken(resolved)]
+    if per_epoch > train_tokens:
+        rows.append(("padding", f"{100 * (1 - train_tokens / per_epoch):.0f}% of what is processed, never supervised"))
     if resolved["matching"]:
         rows.insert(1, ("matching", matching.sentence(resolved["matching"])))
     if schedule := resolved["checkpoint_schedule"]:

@@ -3,9 +3,9 @@
     sums = win_sums(logits, outcomes, is_supervised, chances)     # vectors and scalars, of a batch
     win_scores(sums)                                              # {'wp_acc', 'wp_brier', 'wp_ece', 'wp_gap', ...}
 
-Every number is a mean over predictions: one after each token that has a next one, whatever the record's length. Where the
-true chances are known, `wp_gap` is the mean Kullback-Leibler divergence of the prediction from them: what wp_loss has
-above the best possible in expectation, without the luck of the outcomes. The best possible is the entropy of the truth.
+Every number is a mean over predictions: one after each token that has a next one, whatever the record's length. Where
+the true chances are known, `wp_gap` is the mean Kullback-Leibler divergence of the prediction from them: what wp_loss
+has above the best possible in expectation, without the luck of the outcomes. The best possible is the truth's entropy.
 """
 
 import torch
@@ -21,7 +21,8 @@ def win_sums(logits, outcomes, is_supervised, chances=None):
         logits: (B, T), of outcome 1. outcomes: (B, T), 0 or 1. is_supervised: (B, T) bool, True first in each row.
         chances: (B, T), the true probability of outcome 1, or None.
     """
-    logits, outcomes = logits.double(), outcomes.double()
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # that device has no float64
+    logits, outcomes = logits.to(exact), outcomes.to(exact)
     lengths = is_supervised.sum(dim=1, keepdim=True)
     stages = torch.arange(logits.size(1), device=logits.device) * N_STAGES // lengths.clamp(min=1)  # (B, T)
     flat = is_supervised.flatten()
@@ -29,7 +30,7 @@ def win_sums(logits, outcomes, is_supervised, chances=None):
     sums = {f"wp_{name}": value for name, value in judged(torch.sigmoid(logits), outcomes, stages).items()}
     sums["stage_tokens"] = tally(stages, torch.ones_like(logits), N_STAGES)
     if chances is not None:
-        truth = chances.double().flatten()[flat]
+        truth = chances.to(exact).flatten()[flat]
         sums |= {f"best_{name}": value for name, value in judged(truth, outcomes, stages).items()}
         entropy = -(torch.xlogy(truth, truth) + torch.xlogy(1 - truth, 1 - truth))
         expected = torch.nn.functional.softplus(logits) - truth * logits  # of the loss, were outcomes drawn again
@@ -39,8 +40,7 @@ def win_sums(logits, outcomes, is_supervised, chances=None):
 
 def judged(p, outcomes, stages):
     """{'right' by stage, 'brier', and by bin of p 'n', 'p' and 'won'}; a draw at p = 1/2 is half right."""
-    right = ((p > 0.5) == (outcomes > 0.5)).double()
-    right = torch.where(p == 0.5, 0.5, right)
+    right = torch.where(p == 0.5, 0.5, ((p > 0.5) == (outcomes > 0.5)).to(p.dtype))
     bins = (p * N_BINS).long().clamp(0, N_BINS - 1)
     return {
         "right": tally(stages, right, N_STAGES),
@@ -71,7 +71,7 @@ def win_scores(sums):
 
 
 def quality(sums, whose, n):
-    """{'acc', 'brier', 'ece'}; the expected calibration error of Naeini et al. 2015, of the probability of outcome 1."""
+    """{'acc', 'brier', 'ece'}: the last the expected calibration error of Naeini et al. 2015, of p(outcome 1)."""
     off = sum(abs(p - won) for p, won in zip(sums[f"{whose}_bin_p"], sums[f"{whose}_bin_won"], strict=True))
     return {"acc": sum(sums[f"{whose}_right"]) / n, "brier": sums[f"{whose}_brier"] / n, "ece": off / n}
 

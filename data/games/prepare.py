@@ -1,4 +1,4 @@
-"""Games of two teams with three ways to win, simulated, each with its outcome and the true chance of it after every event.
+"""Games of two teams, simulated, each with its outcome and the true chance of it after every event.
 
     python data/games/prepare.py                               # 4,000 games train, 400 validate
     python data/games/prepare.py --variant=full                # 60,000 and 2,000
