@@ -86,19 +86,19 @@ class Rules:
     most: int = 2  # carriers, and warriors, that a team has at once
     strengths: tuple = (0.8, 1.0, 1.25)  # gold's, hidden: its rates are multiplied by it, blue's divided
     prior: tuple = (0.3, 0.4, 0.3)
-    takes: float = 0.0055
-    brings: float = 0.0120
-    arms: float = 0.0040
-    falls: float = 0.0080  # and as much again for each warrior of the other team
-    mounts: float = 0.0015
-    thrown: float = 0.0160
+    takes: float = 0.0300
+    brings: float = 0.0031
+    arms: float = 0.0200
+    falls: float = 0.0300  # and as much again for each warrior of the other team
+    mounts: float = 0.0080
+    thrown: float = 0.0500
     thrown_by: float = 0.0500  # more for each warrior of the other team
-    rides: float = 0.0080
-    dies: float = 0.0006
-    dies_by: float = 0.0024  # more for each warrior of the other team
-    runs: float = 0.060
-    queen: float = 0.060  # of each thing that a queen does
-    clock: float = 0.100
+    rides: float = 0.0066
+    dies: float = 0.0002
+    dies_by: float = 0.0007  # more for each warrior of the other team
+    runs: float = 0.0200
+    queen: float = 0.0200  # of each thing that a queen does
+    clock: float = 0.0300
 
 
 RULES = Rules()

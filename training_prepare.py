@@ -394,6 +394,7 @@ def summary_of(folder):
         if facts.get("records"):
             mean, won = facts["tokens"] / facts["documents"], facts["outcomes"] / facts["documents"]
             counts += [f"{mean:,.1f} tokens each, {facts['longest']:,} at most", f"outcome 1 in {100 * won:.1f}%"]
+            counts += [] if facts.get("best_wp_loss") is None else [f"wp_loss {facts['best_wp_loss']:.4f} at best"]
         n_files = len(shards_of(meta, split))
         counts += [f"{n_files} files"] if n_files > 1 else []
         lines.append(f"  {split:5s} {', '.join(counts)}")

@@ -169,6 +169,7 @@ class RecordFiles:
     def __init__(self, folder, split, dtype):
         self.folder, self.split, self.dtypes = folder, split, {"": dtype, "_records": INDEX, "_chances": "<f4"}
         self.files, self.sha256, self.end, self.n, self.longest, self.n_won = {}, {}, 0, 0, 0, 0
+        self.entropy = 0.0  # of the true chances, over all tokens that have a next one
 
     def append(self, record):
         self.end += len(record.tokens)
@@ -178,6 +179,7 @@ class RecordFiles:
         self.write("_records", [(self.end, record.line, record.outcome)])
         if record.chances is not None:
             self.write("_chances", record.chances)
+            self.entropy += entropy(record.chances[:-1].astype(np.float64)).sum()
 
     def write(self, suffix, values):
         if suffix not in self.files:
@@ -206,14 +208,21 @@ class RecordFiles:
         def of(suffix, count):
             return {"name": self.path(suffix).name, "count": count, "sha256": self.sha256[suffix].hexdigest()}
 
-        sha256 = self.sha256[""].hexdigest()
+        sha256, has_chances = self.sha256[""].hexdigest(), "_chances" in self.files
         return {
             "tokens": self.end, "bytes": None, "documents": self.n, "sha256": sha256,
             "shards": [{"name": self.path("").name, "tokens": self.end, "sha256": sha256}],
             "records": of("_records", self.n),
-            "chances": of("_chances", self.end) if "_chances" in self.files else None,
+            "chances": of("_chances", self.end) if has_chances else None,
             "longest": self.longest, "outcomes": self.n_won,
+            "best_wp_loss": self.entropy / (self.end - self.n) if has_chances else None,
         }  # fmt: skip
+
+
+def entropy(p):
+    """Nats of a chance p, elementwise."""
+    p, q = np.clip(p, 1e-300, 1), np.clip(1 - p, 1e-300, 1)  # so that 0 log 0 is 0
+    return -(p * np.log(p) + q * np.log(q))
 
 
 def write_records(folder, records, vocab_size, facts):

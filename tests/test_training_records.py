@@ -50,6 +50,9 @@ def test_a_folder_holds_what_the_lines_say(tmp_path, lines, dataset):
     assert sorted(path.name for path in dataset.folder.iterdir()) == sorted(
         ["meta.json", *(f"{split}{what}.bin" for split in ("train", "val") for what in ("", "_records", "_chances"))]
     )
+    train = [line["chances"][:-1] for i, line in enumerate(lines) if i % 10 != 9]
+    bits = [-sum(x * np.log(x) for x in (p, 1 - p)) for each in train for p in each]
+    assert f"wp_loss {np.mean(bits):.4f} at best" in summary_of(dataset.folder)
     assert "54 documents" in summary_of(dataset.folder) and "outcome 1 in" in summary_of(dataset.folder)
 
 
