@@ -328,7 +328,8 @@ def _scalars(row):
     scalars = {}
     for key, value in row.items():
         if isinstance(value, dict):
-            scalars.update({f"{key}/{name}": item for name, item in value.items() if not isinstance(item, list)})
+            numbers = {name: item for name, item in value.items() if isinstance(item, (int, float))}
+            scalars.update({f"{key}/{name}": item for name, item in numbers.items()})
         elif isinstance(value, (int, float)) and key not in ("step", "tokens_processed"):
             scalars[f"{row['kind']}/{key}"] = value
     return scalars

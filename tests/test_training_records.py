@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -125,15 +126,16 @@ def test_a_file_too_short_to_divide_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train_records.bin", "val_chances.bin"])
-def test_a_changed_file_is_refused(dataset, name):
-    raw = bytearray((dataset.folder / name).read_bytes())
+def test_a_changed_file_is_refused(tmp_path, dataset, name):
+    folder = shutil.copytree(dataset.folder, tmp_path / "copy")  # the other's files are mapped
+    raw = bytearray((folder / name).read_bytes())
     raw[0] ^= 1
-    (dataset.folder / name).write_bytes(raw)
+    (folder / name).write_bytes(raw)
     with pytest.raises(UserError, match=f"{name} has a wrong checksum"):
-        Dataset(dataset.folder)
-    (dataset.folder / name).write_bytes(raw[:-1])
+        Dataset(folder)
+    (folder / name).write_bytes(raw[:-1])
     with pytest.raises(UserError, match=f"{name} has .* bytes where meta.json says"):
-        Dataset(dataset.folder)
+        Dataset(folder)
 
 
 def test_outcomes_are_part_of_the_fingerprint(tmp_path, lines, dataset):
