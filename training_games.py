@@ -1,7 +1,7 @@
 """A two-team arcade game, simulated, and the true probability of winning it after every event.
 
-    games = simulate(n_games=3, seed=0)      # [Game(tokens, outcome, chances), ...]
-    print(as_text(games[0].tokens[:4]))      # start gold:3-takes blue:queen-patrols gold:1-runs
+    games = simulate(n_games=2000, seed=(0, 0))     # [Game(tokens, outcome, chances), ...]
+    print(as_text(games[0].tokens[:4]))             # start gold:4-takes gold:3-takes blue:2-runs
 
 Gold and blue each have a queen and four workers. There are three ways to win:
 
@@ -13,8 +13,8 @@ A worker is free, carries a berry, is a warrior or rides the snail. It takes a b
 at a gate to become a warrior; warriors take lives of the other queen, cut down warriors and throw riders off. One event
 is one token, so a game is START, its events, and one of six ends:
 
-    tokens   start  gold:3-takes  gold:3-brings  ...  blue:2-takes  gold:queen-dies   blue-wins-by-military
-    chances     0.500  0.504         0.531          ...  0.968         0.000             0.000
+    tokens      start  gold:4-takes  gold:3-takes  ...  blue:3-takes  gold:2-brings  gold-wins-by-economic
+    chances     0.500  0.501         0.500         ...  0.423         1.000          1.000
 
 `chances` is the probability that gold wins, given the tokens so far. It is exact. Which event comes next depends on the
 counts of carriers and warriors of both teams, on who rides and on where the snail is: the inner state, a Markov chain.

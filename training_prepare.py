@@ -8,7 +8,8 @@ because the tokenizer libraries let go of Python's lock (starting processes woul
 
 A preparation that ends early, by Ctrl-C, a kill or a lost network, loses at most the file being written: run again, it
 goes on behind the last whole one, and gives the same files byte for byte. meta.json is written last: a folder that has
-it is whole. Nothing that is there is ever overwritten. This file imports no torch, so that preparing starts at once.
+it is whole. Nothing that is there is ever overwritten. Records (`training_records.py`) are written by another path, and
+start over. This file imports no torch, so that preparing starts at once.
 """
 
 import argparse

@@ -7,7 +7,7 @@
 
 A record is a game, one token an event. `training_games.py` has the rules; row and label of one game:
 
-    start gold:queen-dives blue:2-takes blue:2-brings ... gold:rides gold-wins-by-snail        outcome 1
+    start gold:4-takes gold:3-takes blue:2-runs ... blue:3-takes gold:2-brings gold-wins-by-economic        outcome 1
 
     small: 4,000 games train, 400 validate; 69 tokens, about 720 a game
 """
