@@ -65,7 +65,8 @@ class Candidate:
     def __init__(self, settings, place, peer=None, sequences=None):
         self.place, self.train = place, settings.train
         torch.manual_seed(settings.train.seed)
-        ours = ConfigurableGPT(settings.model, settings.train.seed)
+        heads = OBJECTIVE_REGISTRY[settings.train.objective].heads if peer is None else None
+        ours = ConfigurableGPT(settings.model, settings.train.seed, heads)
         ours.check_device(place.device)
         self.model, self.flops, plan = ours, flops_per_token(ours), parameter_plan(ours)
         self.kernels, self.beside = {}, None if peer is None else peer.counterpart(ours)
@@ -168,11 +169,12 @@ def prompt_length(config):
 
 
 def random_batch(config, sequences):
-    """{'inputs', 'targets'} (B, T) and 'window' (B,), the same for every candidate of a shape."""
+    """{'inputs', 'targets'} (B, T), 'window' and 'outcomes' (B,), the same for every candidate of a shape."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (sequences, config.block_size + 1), generator=generator)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return {"inputs": inputs, "targets": targets, "window": torch.arange(sequences)}
+    windows = torch.arange(sequences)
+    return {"inputs": inputs, "targets": targets, "window": windows, "outcomes": (windows % 2).float()}
 
 
 def peers_beside(case, peers):

@@ -55,8 +55,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--log_x", action="store_true", help="logarithmic x axes")
     arguments = parser.parse_args(argv)
     if arguments.sort is not None and arguments.sort not in COLUMN:
-        known = f"; take one of {', '.join(COLUMN)}"
-        raise UserError(f"--sort={arguments.sort} is not a column{did_you_mean(arguments.sort, COLUMN) or known}")
+        hint = did_you_mean(arguments.sort, COLUMN)
+        raise UserError(f"--sort={arguments.sort} is not a column{hint} (known: {', '.join(COLUMN)})")
     if arguments.latest is not None and arguments.latest < 1:
         raise UserError(f"--latest={arguments.latest} must be at least 1")
     if arguments.to_loss is not None and not 0 < arguments.to_loss < float("inf"):

@@ -67,9 +67,11 @@ def tokenizer_identity(run):
 
 
 def scored_by(run):
-    """'final_val_loss', or 'pseudo_perplexity of 1024 tokens' where a score is not of the whole evaluation set."""
-    n = run.get("resolved", "scoring", "tokens")
-    return run.ranked_by if n is None else f"{run.ranked_by} of {n} tokens"
+    """'final_val_loss'; with what it is the sum of where it is one, and 'pseudo_perplexity of 1024 tokens' where it is
+    not of the whole evaluation set."""
+    n, loss = run.get("resolved", "scoring", "tokens"), run.get("resolved", "scoring", "loss")
+    made_of = "" if loss is None else f" = {loss}"
+    return run.ranked_by + made_of + ("" if n is None else f" of {n} tokens")
 
 
 CHECKS = (

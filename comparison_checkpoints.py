@@ -177,13 +177,14 @@ def _problems_of_pair(a, b):
 
 
 def _other_supervised(a, b, pair):
-    """The same objective on the same tokens supervises the same number of them."""
+    """The same objective on the same tokens supervises the same number of them; padding depends on the block."""
     problems, seen = [], {}
     for run in (a, b):
         for metadata in run.checkpoints.values():
             tokens, training = metadata["token_metrics"], metadata["training_config"]
-            key = tokens["total_tokens_processed"], training.get("objective"), training.get("dataset")
-            before = seen.setdefault((*key, training.get("seed")), tokens["total_tokens_supervised"])
+            same = [training.get(name) for name in ("objective", "dataset", "variant", "input", "seed")]
+            key = tokens["total_tokens_processed"], tokens["sequence_length"], *same
+            before = seen.setdefault(key, tokens["total_tokens_supervised"])
             if before != tokens["total_tokens_supervised"]:
                 problems.append(
                     f"{pair} supervised {before} and {tokens['total_tokens_supervised']} of the same {key[0]} tokens"

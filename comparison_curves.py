@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from comparison_runs import number, prompt_score
+from comparison_runs import OF_ONE_OBJECTIVE, number, prompt_score
 from comparison_stats import estimate, first_crossing, kendall_tau
 
 AXES = ("tokens", "FLOPs", "hours", "joules")  # what a curve can be drawn against and a loss can cost
 # The column of an evaluation row that tells how a table's loss came about.
 ROW_COLUMN = {
     "final_val_loss": "val_loss", "best_val_loss": "val_loss", "bits_per_byte": "bits_per_byte",
-    "pseudo_perplexity": "pseudo_perplexity",
+    "pseudo_perplexity": "pseudo_perplexity", "lm_loss": "lm_loss", "wp_loss": "wp_loss",
 }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def held_run(run, place):
     row, seconds = rows[-1], number(rows[-1].get("train_seconds"))
     losses = [number(each.get("val_loss")) for each in rows]
     flops_per_token = run.values["flops_per_token"]
-    names = ("bits_per_byte", "pseudo_perplexity", "masked_accuracy", "answer_accuracy", "train_seconds")
+    names = ("bits_per_byte", "train_seconds", *OF_ONE_OBJECTIVE)
     values = run.values | {name: number(row.get(name)) for name in names} | {
         "final_val_loss": number(row.get("val_loss")),
         "stream_hash": row.get("stream_hash") or run.values["stream_hash"],  # older rows: that of the run's end

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from comparison_audit import LOSS, Voids, audit, comparable_groups
 from comparison_configurations import group_configurations, paired
 from comparison_curves import hold_at
-from comparison_runs import differing_fields, key_of
+from comparison_runs import OF_ONE_OBJECTIVE, differing_fields, key_of
 from comparison_stats import CONFIDENCE, Estimate, holm
 
 # -- numbers as a person reads them
@@ -95,6 +95,12 @@ COLUMNS = (
     Column("pseudo_perplexity", "pseudo\nperplexity", loss, "lower"),
     Column("masked_accuracy", "masked\naccuracy", percent, "higher"),
     Column("answer_accuracy", "answers\nright", percent, "higher"),
+    Column("lm_loss", "LM\nloss", loss, "lower"),
+    Column("wp_loss", "win\nloss", loss, "lower"),
+    Column("wp_acc", "win\naccuracy", percent, "higher"),
+    Column("wp_gap", "win gap\nto best", loss, "lower"),
+    Column("wp_ece", "win\nECE", loss, "lower"),
+    Column("wp_brier", "win\nBrier", loss, "lower"),
     Column("prompt_score", "prompt\nscore", percent, "higher"),
     Column("tokens_per_second", "tokens/s", whole, "higher"),
     Column("mfu", "MFU", percent, "higher"),
@@ -104,14 +110,13 @@ COLUMNS = (
     Column("hours", "hours", hours, "lower"),
 )
 COLUMN = {column.name: column for column in COLUMNS}
-LOSSES = ("final_val_loss", "best_val_loss", "bits_per_byte", "pseudo_perplexity")
+LOSSES = ("final_val_loss", "best_val_loss", "bits_per_byte", "lm_loss", "wp_loss", "pseudo_perplexity")
 # Whose runs are judged by a number may be ranked by these alone of the losses: the loss of hidden tokens depends on how
 # many are hidden, and is no loss of a text.
-LOSSES_BESIDE = {"final_val_loss": LOSSES[:3], "pseudo_perplexity": ("pseudo_perplexity",)}
-OF_ONE_OBJECTIVE = ("pseudo_perplexity", "masked_accuracy", "answer_accuracy")  # shown where some run has them
+LOSSES_BESIDE = {"final_val_loss": LOSSES[:-1], "pseudo_perplexity": ("pseudo_perplexity",)}
 SAME_SIZE = 1.25  # configurations whose parameters are within this ratio are of one size
 MAX_PAIRED = 60  # rows that are all held against each other: 1,770 pairs
-NOT_ALWAYS = (*OF_ONE_OBJECTIVE, "prompt_score", "state_bytes")  # the score: where evaluate.py was run
+NOT_ALWAYS = (*OF_ONE_OBJECTIVE, "prompt_score", "state_bytes")  # where some run has them; the score by evaluate.py
 # In a narrow terminal a row takes two lines, and each of these pairs is one column.
 STACKED = (
     ("parameters", "active_parameters"),
@@ -120,6 +125,9 @@ STACKED = (
     ("bits_per_byte", "non_finite_steps"),
     ("pseudo_perplexity", "masked_accuracy"),
     ("answer_accuracy",),
+    ("lm_loss", "wp_loss"),
+    ("wp_acc", "wp_gap"),
+    ("wp_ece", "wp_brier"),
     ("prompt_score",),
     ("tokens_per_second", "mfu"),
     ("peak_memory_bytes", "hours"),
@@ -129,6 +137,8 @@ WHAT = {
     "best_val_loss": "best validation loss",
     "bits_per_byte": "bits per byte",
     "pseudo_perplexity": "pseudo-perplexity",
+    "lm_loss": "language-model loss",
+    "wp_loss": "loss of the win prediction",
 }
 
 

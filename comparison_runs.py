@@ -44,6 +44,11 @@ RESOLVED = {
     "dataset", "tokenizer", "tokenizer_vocab_size", "variant", "objective", "batch_size", "eval_iters",
     "gradient_accumulation_steps", "max_iters", "max_tokens", "epochs", "device", "dtype", "tf32", "compile",
 }  # fmt: skip
+# Scores of summary.json and of an evaluation's row that some objectives have.
+OF_ONE_OBJECTIVE = (
+    "pseudo_perplexity", "masked_accuracy", "answer_accuracy",
+    "lm_loss", "wp_loss", "wp_acc", "wp_gap", "wp_ece", "wp_brier",
+)  # fmt: skip
 # Names for sets of other fields: `team` and `llama` are the same architecture.
 MODEL_LABELS = {"arch_preset", "model_size"}
 # Model fields that the data decides, and how the network is computed rather than what it is.
@@ -339,7 +344,7 @@ def table_values(run, summary):
     for name in (
         "tokens_processed", "final_val_loss", "best_val_loss", "bits_per_byte", "tokens_per_second", "mfu",
         "peak_memory_bytes", "non_finite_steps", "train_seconds", "eval_seconds", "total_flops", "steps",
-        "pseudo_perplexity", "masked_accuracy", "answer_accuracy",
+        *OF_ONE_OBJECTIVE,
     ):  # fmt: skip
         values[name] = number(summary.get(name))
     return values
@@ -459,9 +464,7 @@ def summary_from_metrics(rows):
         "final_val_loss": last("eval", "val_loss"),
         "best_val_loss": min(present("eval", "val_loss"), default=None),
         "bits_per_byte": last("eval", "bits_per_byte"),
-        "pseudo_perplexity": last("eval", "pseudo_perplexity"),
-        "masked_accuracy": last("eval", "masked_accuracy"),
-        "answer_accuracy": last("eval", "answer_accuracy"),
+        **{name: last("eval", name) for name in OF_ONE_OBJECTIVE},
         "tokens_processed": last_row.get("tokens_processed"),
         "train_seconds": last_row.get("train_seconds"),
         "tokens_per_second": median("tokens_per_second"),

@@ -18,12 +18,11 @@ import math
 from itertools import permutations
 
 import numpy as np
-import torch
 
 from registry import options_of
 from training_config import TrainConfig
 from training_corpora import PROBE_REGISTRY
-from training_data import IGNORE_INDEX, Dataset, keys_of, scrambled
+from training_data import IGNORE_INDEX, Dataset, TokenWindows, keys_of, scrambled
 from user_errors import UserError
 
 FORMAT = 1  # of the examples: a probe whose examples change takes another, and so another fingerprint
@@ -67,13 +66,24 @@ class Split:
     def __len__(self):
         return TOKENS[self.name] + 1
 
-    def check_block_size(self, block_size):
-        self.probe.check_block_size(block_size)
+    def windows(self, block_size, split):
+        """The examples by number, one a window.
 
-    def window_batch(self, starts, block_size):
-        """{'inputs', 'targets'} of the windows at `starts`, int64 tensors (B, T)."""
-        inputs, targets = self.probe.examples(Draws(self.name, starts // block_size), block_size)
-        return {"inputs": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
+        Raises:
+            UserError: an example does not fit a window.
+        """
+        self.probe.check_block_size(block_size)
+        return ProbeWindows(self, block_size, split)
+
+
+class ProbeWindows(TokenWindows):
+    """Windows of a Split; where one starts says which example it is."""
+
+    def batch(self, starts):
+        """{'inputs', 'targets'} of the windows at `starts`, int64 (B, T)."""
+        split = self.tokens
+        inputs, targets = split.probe.examples(Draws(split.name, starts // self.block_size), self.block_size)
+        return {"inputs": inputs, "targets": targets}
 
 
 class Probe(Dataset):

@@ -111,6 +111,11 @@ class LossTask:
     def material(self, run_folder, settings):
         """The run's dataset, held to the fingerprint that the run was trained on."""
         dataset = load_dataset(settings.train)
+        if dataset.has_outcomes:
+            raise UserError(
+                f"run '{run_folder.name}' was trained on records ({dataset.folder}), which cannot be cut into other "
+                "contexts; its own evaluations have its scores: compare_architectures.py shows them"
+            )
         record = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
         if isinstance(dataset, Probe):
             raise UserError(

@@ -253,12 +253,14 @@ class ConfigurableGPT(nn.Module):
     Args:
         config: ModelArchitectureConfig.
         seed: decides the initial weights, each a pure function of (seed, parameter name, shape).
+        heads: {name: outputs} of what an objective reads beside the next token: `model.heads[name]`, a linear layer on
+            the same hidden states. The weights of all else are as they are without.
 
     Raises:
         UserError: parts that do not go together, in a sentence naming both settings.
     """
 
-    def __init__(self, config, seed=1337):
+    def __init__(self, config, seed=1337, heads=None):
         super().__init__()
         self.config = config
         check_parts(config)
@@ -272,6 +274,7 @@ class ConfigurableGPT(nn.Module):
         self.final_norm = norm(config.n_embd, config) if self._needs_final_norm else None
         self.head_transform = HeadTransform(config) if config.head_transform else None
         self.head = nn.Linear(config.n_embd, vocab_size, bias=config.head_transform)
+        self.heads = nn.ModuleDict({name: nn.Linear(config.n_embd, n) for name, n in (heads or {}).items()})
         self._mixing_ffns = any(getattr(block.ffn, "mixes_tokens", False) for block in self.blocks)
         self._carries = any(block.carries for block in self.blocks)
         self._finding = [(name, part) for name, part in self.named_modules() if isinstance(part, WithFindings)]
@@ -551,7 +554,7 @@ class ParameterSpec:
 
     name: str  # in model.named_parameters()
     shape: tuple
-    group: str  # token embedding, position embedding, mixer, ffn, norm, head transform or head: for the ledger
+    group: str  # token embedding, position embedding, mixer, ffn, norm, head transform, head or heads: for the ledger
     init: str  # normal, residual, zeros, ones, or own: the part does it
     weight_decay: bool
     is_matrix: bool  # a linear weight inside a block: what Muon takes (stacked ones go to AdamW)

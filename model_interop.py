@@ -57,10 +57,13 @@ def import_transformers():
 def to_ours(entry, theirs, model):
     """{our name: tensor} for every parameter of a ConfigurableGPT, from {their name: tensor}; gradients map alike.
 
+    The heads of an objective are nobody else's, and start anew.
+
     Raises:
         UserError: a tensor that is missing, left over or of another shape.
     """
     own, found, used = dict(model.named_parameters()), {}, set()
+    own = {name: parameter for name, parameter in own.items() if not name.startswith("heads.")}
     for row in entry.rows(model.config):
         if own.keys() >= {*row.ours} and theirs.keys() >= {*row.theirs}:
             tensors = row.transform.to_ours([theirs[name] for name in row.theirs], [own[name] for name in row.ours])

@@ -7,8 +7,9 @@ A sweep file is a config file with a few names more. What it assigns beside them
     seeds = 3
     max_tokens = 20_000_000
 
-A variant and a size are written as train.py would be told. Arguments stand in the order: what is shared, the variant,
-the size, what the command line of the sweep says, then seed and learning rate; what comes later wins.
+A variant and a size are written as train.py would be told; a size may be {variant: arguments} where each has a shape of
+its own. Arguments stand in the order: what is shared, the variant, the size, what the command line of the sweep says,
+then seed and learning rate; what comes later wins.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from comparison_stats import t_quantile
 from model_builder import ConfigurableGPT, on_meta
 from model_flops import active_parameters, flops_per_token
 from training_data import BatchStream
+from training_objectives import OBJECTIVE_REGISTRY
 from user_errors import UserError
 
 FIRST_SEED = 1337
@@ -36,7 +38,7 @@ class SweepConfig:
     variants: dict = field(default_factory=dict)  # {label: 'config/arch_llama.py --bias=True'}: what is compared
     sizes: dict = field(
         default_factory=dict
-    )  # {label: '--model_size=5M'}: every variant is trained at each; may be empty
+    )  # {label: '--model_size=5M'}: every variant is trained at each; {label: {variant: '...'}} for shapes of their own
     seeds: int | tuple = 3  # how many, from 1337 on, or which
     learning_rates: tuple = ()  # tried for each variant and size before the runs; () takes each variant's own
     weight_decays: tuple = ()  # tried with each of them
@@ -134,7 +136,9 @@ def check(sweep):
         raise UserError("a sweep needs variants = {'label': 'config/arch_llama.py', ...}; see config/sweep_*.py")
     for name in ("variants", "sizes"):
         for label, text in getattr(config, name).items():
-            if not isinstance(label, str) or not isinstance(text, str):
+            if name == "sizes" and isinstance(text, dict) and isinstance(label, str):
+                check_size(config, label, text)
+            elif not isinstance(label, str) or not isinstance(text, str):
                 raise UserError(f"{name} must map labels to arguments of train.py, and {label!r} is mapped to {text!r}")
             if not label or set(label) & set('/\\:*?"<>| '):
                 raise UserError(
@@ -165,6 +169,18 @@ def check(sweep):
     for name in ("run_name", "runs_dir", "seed", "init_from"):
         if name in sweep.shared or (name in sweep.overrides and name != "runs_dir"):
             raise UserError(f"{name} is chosen for each run by the sweep; drop it (sweep_name and seeds are settable)")
+
+
+def check_size(config, label, shapes):
+    """Refuse a size that leaves out a variant, or has one that does not exist."""
+    for variant in sorted({*shapes} ^ {*config.variants}, key=str):
+        what = "has no shape for" if variant in config.variants else "names"
+        raise UserError(
+            f"sizes: {label!r} {what} the variant {variant!r}; the variants are {', '.join(config.variants)}"
+        )
+    for variant, text in shapes.items():
+        if not isinstance(text, str):
+            raise UserError(f"sizes: {label!r} must map {variant!r} to arguments of train.py, not to {text!r}")
 
 
 def as_arguments(settings):
@@ -210,7 +226,7 @@ def run_arguments(sweep, variant, size):
     arguments = [
         *as_arguments(sweep.shared),
         *shlex.split(sweep.config.variants[variant]),
-        *(shlex.split(sweep.config.sizes[size]) if size else ()),
+        *shlex.split(arguments_of_size(sweep.config, variant, size)),
         *as_arguments({name: value for name, value in sweep.overrides.items() if name != "runs_dir"}),
     ]
     try:
@@ -233,6 +249,12 @@ def planned_tokens(settings, dataset, fraction=1.0):
     return max(1, math.ceil(steps * fraction)) * stream.tokens_per_step
 
 
+def arguments_of_size(config, variant, size):
+    """What a size adds for a variant: the same for all, or as the size says by variant."""
+    text = config.sizes[size] if size else ""
+    return text if isinstance(text, str) else text[variant]
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a variant at a size costs, counted without training it."""
@@ -245,7 +267,7 @@ class Cost:
 def cost_of(settings):
     """Cost of the model of `settings`, built without memory."""
     with on_meta():
-        model = ConfigurableGPT(settings.model)
+        model = ConfigurableGPT(settings.model, heads=OBJECTIVE_REGISTRY[settings.train.objective].heads)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Cost(parameters, active_parameters(model), flops_per_token(model).training)
 

@@ -65,6 +65,7 @@ def train(arguments, closing):
     # ---- data: the same tokens in the same order for every architecture ----------------------------------------------
     check_split(config.sequences_per_step, config.batch_size, place.world_size)
     dataset = load_dataset(config, may_prepare=place.local_rank == 0, quiet=not place.is_main)
+    OBJECTIVE_REGISTRY[config.objective].check_dataset(dataset)
     extra_tokens = OBJECTIVE_REGISTRY[config.objective].extra_tokens(config)
     settings = configurator.with_vocabulary(settings, dataset.vocab_size + extra_tokens)
     dataset.check_vocab(settings.model.vocab_size, extra_tokens)
@@ -79,7 +80,7 @@ def train(arguments, closing):
     due = checkpoint.scheduled_steps(counts, stream.tokens_per_step, total_steps)  # {step: scheduled tokens}
 
     # ---- model, objective, optimizer ---------------------------------------------------------------------------------
-    model = ConfigurableGPT(settings.model, config.seed)
+    model = ConfigurableGPT(settings.model, config.seed, OBJECTIVE_REGISTRY[config.objective].heads)
     first_weights.fill(model)
     plan = parameter_plan(model)
     objective = OBJECTIVE_REGISTRY[config.objective](model, config)
@@ -130,7 +131,7 @@ def train(arguments, closing):
         "parallel": parallel.mode(config, place), "dtype": place.dtype, "tf32": place.tf32, "compile": compiled,
         "threads": torch.get_num_threads(),
         "kernels": chosen_kernels, "kernels_not_taken": chosen_kernels.not_taken, "max_iters": total_steps,
-        "scoring": objective.scoring(),
+        "scoring": objective.scoring(), "tokens_per_epoch": stream.tokens_per_epoch,
         "tokens_per_step": stream.tokens_per_step, "peak_flops_per_second": peak.flops_per_second,
         "peak_source": peak.source, "checkpoint_schedule": counts,
         "matching": matching.record(settings.model, config.match, config.match_to) if config.match else None,

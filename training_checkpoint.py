@@ -405,6 +405,8 @@ def load_model(model, folder):
 
     From an unsharded one a bare model is filled, from a sharded one a wrapped model too, each rank what it holds.
 
+    A model built without the heads of an objective leaves those of the checkpoint aside: to write text, say.
+
     Raises:
         UserError: tensors of another architecture.
     """
@@ -414,6 +416,9 @@ def load_model(model, folder):
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise _corrupt(folder, f"model.safetensors cannot be read ({error})") from None
+    # The heads of an objective stay where the model was built without them, to write text, say
+    own = model.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith("heads.")}
     _check_architecture(model, {name: tensor.shape for name, tensor in tensors.items()}, folder)
     model.load_state_dict(tensors, strict=False)  # tied names share the tensor that is loaded
 

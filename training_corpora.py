@@ -13,6 +13,7 @@ does a preparation that was interrupted: `placed_documents` goes on behind any d
     tinystories       simple stories written by a language model             bpe     `datasets`, streamed
     openwebtext       the pages that Reddit linked to, as GPT-2 read them    gpt2    `datasets`, streamed
     fineweb_edu       web pages of educational value                         gpt2    `datasets`, streamed
+    games             a simulated game of two teams, or your own .jsonl      -       no download
     text              your own .txt, .jsonl or .parquet                      byte    --input=FILE or folder
 
 `input` gives a local copy in place of any download.
@@ -29,7 +30,9 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
+import training_games
 from registry import Registry
+from training_records import Record, read_json_lines
 from training_text_files import file_contains, kind_of_file, read_placed_texts, read_texts, text_files
 from user_errors import UserError, did_you_mean
 
@@ -53,6 +56,8 @@ class Corpus:
     tokenizer_vocab_size = None  # for a tokenizer that is learned
     variants = ()  # the first is the default
     ends_documents = True  # a token marks the end of each document; one long text has no end to mark
+    input_is_the_data = False  # what is read is the user's own, so the folder is named after it; else a copy
+    holds_records = False  # it yields `records` with an outcome, of tokens, in place of documents of text
 
     def __init__(self, input=None, variant=None, folder="."):
         self.input = None if input is None else Path(input).expanduser()
@@ -224,6 +229,7 @@ class Text(Corpus):
     """
 
     name = "text"
+    input_is_the_data = True
     separator = None  # what stands between documents in a .txt file
 
     def __init__(self, input=None, variant=None, folder="."):
@@ -285,6 +291,65 @@ class Text(Corpus):
         if any(kind_of_file(path) == ".parquet" for path in self.paths):
             return None  # compressed
         return sum(path.stat().st_size for path in self.paths)
+
+
+# -- records with an outcome
+
+
+@CORPUS_REGISTRY("games")
+class Games(Corpus):
+    """Games of two teams, simulated with the true chances of winning (`training_games.py`), or the user's own.
+
+    Of the user's, a line of JSON each (`training_records.py`), every tenth validates.
+    """
+
+    name = "games"
+    tokenizer = None
+    variants = ("small", "full")
+    input_is_the_data = holds_records = True
+    n_games: ClassVar = {"small": {"train": 4000, "val": 400}, "full": {"train": 60_000, "val": 2000}}
+    games_at_once = 2000  # of one seed: their number and order follow from it
+
+    @classmethod
+    def check_choices(cls, settings):
+        """(variant, tokenizer_vocab_size) of settings; a choice that has no meaning is refused."""
+        variant, vocab_size = settings.variant, settings.tokenizer_vocab_size
+        if settings.tokenizer is not None:
+            raise UserError(f"dataset={cls.name} has tokens of its own; leave out tokenizer={settings.tokenizer}")
+        if settings.input is None and vocab_size is not None:
+            raise UserError(
+                f"tokenizer_vocab_size={vocab_size} is for games of your own (--input=FILE.jsonl): the simulated ones "
+                f"have {training_games.VOCAB_SIZE} tokens"
+            )
+        if settings.input is not None and variant is not None:
+            raise UserError(
+                f"variant={variant} is of simulated games; leave it out, or leave out input={settings.input}"
+            )
+        return (cls.check_variant(variant) if settings.input is None else None), vocab_size
+
+    def vocab_size(self, recipe):
+        return recipe.tokenizer_vocab_size or training_games.VOCAB_SIZE
+
+    def records(self, vocab_size, advance):
+        """Yield Record after Record; advance(what, n_bytes, expected_bytes) is told of each lot."""
+        if self.input is not None:
+            for n, (line, *record) in enumerate(read_json_lines(self.input, vocab_size)):
+                yield Record("val" if n % ONE_IN == ONE_IN - 1 else "train", line, *record)
+            return
+        for number, (split, n_games) in enumerate(self.n_games[self.variant].items()):
+            for first in range(0, n_games, self.games_at_once):
+                n = min(self.games_at_once, n_games - first)
+                games = training_games.simulate(n, (number, first))
+                advance(f"playing {split}", sum(game.tokens.nbytes for game in games), None)
+                for line, game in enumerate(games, first + 1):
+                    yield Record(split, line, *game)
+
+    def facts(self):
+        """What meta.json is to say beside counts."""
+        return {"token_names": None if self.input is not None else training_games.TOKENS}
+
+    def source(self):
+        return f"local file {self.input.name}" if self.input is not None else "the simulator of training_games.py"
 
 
 # -- datasets of the Hugging Face Hub, streamed: nothing is held but the row being read

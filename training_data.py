@@ -1,4 +1,4 @@
-"""Token files as a stream of batches that every run shares, and a fixed set to validate on.
+"""Token files, or padded records, as a stream of batches that every run shares, and a fixed set to validate on.
 
     dataset = load_dataset(config)                                    # prepared on first use
     stream = BatchStream(dataset, block_size=256, sequences_per_step=48, seed=1337)
@@ -26,10 +26,10 @@ import torch
 
 from training_corpora import PROBE_REGISTRY
 from training_prepare import check_meets, prepare, recipe_of, summary_of
+from training_records import IGNORE_INDEX, Records
 from training_token_files import SPLITS, check_shards, map_tokens, read_meta, tokenizer_of
 from user_errors import UserError
 
-IGNORE_INDEX = -100  # the target of a position that is not supervised
 CHECKSUMMED_BYTES = 2**26  # larger splits are held to their files' sizes: reading them all would delay every start
 
 
@@ -40,7 +40,7 @@ class Dataset:
     """A prepared folder: memory-mapped tokens and what meta.json says of them.
 
     Attributes:
-        train, val: 1-D arrays of tokens, or ShardedTokens of several files, read from disk as they are sliced.
+        train, val: 1-D arrays of tokens, ShardedTokens of several files or Records, read from disk as they are sliced.
         meta: the dict of meta.json.  fingerprint: names the tokens, whatever the folder is called.
         token_bytes: int64 array, bytes of text for each token, or None where that is unknown.
     """
@@ -60,8 +60,16 @@ class Dataset:
     def map_split(self, split):
         """The tokens of a split, after holding its files to what meta.json says."""
         n_bytes = self.meta["splits"][split]["tokens"] * np.dtype(self.meta["dtype"]).itemsize
-        check_shards(self.folder, self.meta, split, checksums=n_bytes <= CHECKSUMMED_BYTES)
+        checksums = n_bytes <= CHECKSUMMED_BYTES
+        check_shards(self.folder, self.meta, split, checksums)
+        if self.has_outcomes:
+            return Records(self.folder, self.meta, split, checksums)
         return map_tokens(self.folder, self.meta, split)
+
+    @property
+    def has_outcomes(self):
+        """Whether it holds records, each with an outcome, in place of one stream of text."""
+        return self.meta.get("kind") == "records"
 
     def n_tokens(self, split):
         return self.meta["splits"][split]["tokens"]
@@ -162,29 +170,67 @@ def scrambled(x):
     return x ^ (x >> np.uint64(31))
 
 
+class TokenWindows:
+    """Windows of T = block_size tokens anywhere in one stream of them, plus the token after each, the last target.
+
+    Args:
+        split: its name, for the sentence about one that is too short.
+
+    Attributes:
+        available: how many fit without overlap.  per_epoch: one less, so that all can be moved by an offset.
+        n_offsets: that offset lies below this.
+    """
+
+    def __init__(self, tokens, block_size, split):
+        self.tokens, self.block_size = tokens, block_size
+        n_tokens = len(tokens)
+        if n_tokens < block_size + 1:
+            raise UserError(
+                f"the {split} split has {n_tokens} tokens, fewer than the {block_size + 1} of one window; "
+                "lower --block_size, or use more text"
+            )
+        self.available = (n_tokens - 1) // block_size
+        self.per_epoch = tokens_in_epoch(n_tokens, block_size) // block_size
+        self.n_offsets = min(block_size, n_tokens - self.per_epoch * block_size)
+
+    def starts(self, windows, offset=0):
+        """Where windows with these numbers begin, int64."""
+        return offset + windows * self.block_size
+
+    def batch(self, starts):
+        """{'inputs', 'targets'} of the windows at `starts`, int64 (B, T); targets are the inputs one token on."""
+        rows = np.empty((len(starts), self.block_size + 1), dtype=np.int64)  # (B, T + 1)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            row[:] = self.tokens[start : start + self.block_size + 1]
+        return {"inputs": rows[:, :-1].copy(), "targets": rows[:, 1:].copy()}
+
+
+def windows_over(tokens, block_size, split):
+    """How a split is cut into rows of block_size tokens: records one by one, other tokens into windows."""
+    if hasattr(tokens, "windows"):
+        return tokens.windows(block_size, split)
+    return TokenWindows(tokens, block_size, split)
+
+
+def window_batch(windows, starts, numbers):
+    """A batch of tensors: what `windows` has at `starts`, and 'window', each row's number."""
+    return {name: torch.from_numpy(values) for name, values in {**windows.batch(starts), "window": numbers}.items()}
+
+
 class BatchStream:
     """The training batches of (dataset, seed), by step.
 
-    An epoch is a permutation of windows of T = block_size tokens that do not overlap, plus the token after each, the
-    last target. Their common offset in [0, T) is drawn anew for each epoch, so that no token always sits first.
+    An epoch is a permutation of windows that do not overlap. Their common offset in [0, block_size) is drawn anew for
+    each epoch, so that no token always sits first. Of records an epoch is a permutation of them all.
 
     Args:
         sequences_per_step: of the whole job: batch_size x gradient_accumulation_steps, over all ranks.
     """
 
     def __init__(self, dataset, block_size, sequences_per_step, seed):
-        self.tokens, self.seed = dataset.train, seed
+        self.windows, self.seed = windows_over(dataset.train, block_size, "training"), seed
         self.block_size, self.sequences_per_step = block_size, sequences_per_step
-        if hasattr(self.tokens, "check_block_size"):  # made on the spot, where an example may not fit a window
-            self.tokens.check_block_size(block_size)
-        n_tokens = len(self.tokens)
-        if n_tokens < block_size + 1:
-            raise UserError(
-                f"the training split has {n_tokens} tokens, fewer than the {block_size + 1} of one window; "
-                "lower --block_size, or use more text"
-            )
-        self.windows_per_epoch = tokens_in_epoch(n_tokens, block_size) // block_size
-        self.n_offsets = min(block_size, n_tokens - self.windows_per_epoch * block_size)
+        self.windows_per_epoch = self.windows.per_epoch
         starts_at_once = min(4096, 4 * self.windows_per_epoch)
         self.steps_per_block = max(1, starts_at_once // sequences_per_step)
         self.block_of_starts = lru_cache(maxsize=2)(self.compute_block)  # two: the prefetcher may be a block ahead
@@ -196,7 +242,7 @@ class BatchStream:
 
     @property
     def tokens_per_epoch(self):
-        """Tokens in one pass, the same for every batch size."""
+        """Tokens in one pass, padding included, the same for every batch size."""
         return self.windows_per_epoch * self.block_size
 
     @property
@@ -223,12 +269,13 @@ class BatchStream:
             chosen = epochs == epoch
             *keys, offset = keys_of("window order", self.seed, epoch, n_keys=KEYS_PER_EPOCH)
             windows = shuffled(positions[chosen], self.windows_per_epoch, keys)
-            starts[chosen] = int(offset) % self.n_offsets + windows * self.block_size
+            starts[chosen] = self.windows.starts(windows, int(offset) % self.windows.n_offsets)
         starts.setflags(write=False)  # shared by all who ask
         return starts.reshape(self.steps_per_block, self.sequences_per_step)
 
     def batches(self, step, rank=0, world_size=1, micro_batch_size=None):
-        """The micro-batches of one rank: a list of {'inputs', 'targets', 'window'}, int64 (B, T), (B, T) and (B,).
+        """The micro-batches of one rank: a list of {'inputs', 'targets', 'window'}, int64 (B, T), (B, T) and (B,), and
+        of records what they have beside (`RecordWindows.batch`).
 
         'window' is each row's number in the stream, from the first step on. Micro-batch m of the job is rows m*B to
         (m+1)*B; rank r takes m = r, r + world_size, ... The rows of all ranks together are the same however they are
@@ -239,16 +286,12 @@ class BatchStream:
         starts = self.window_starts(step).reshape(-1, B)[rank::world_size]  # (micro-batches of this rank, B)
         n = self.sequences_per_step
         windows = np.arange(step * n, (step + 1) * n, dtype=np.int64).reshape(-1, B)[rank::world_size]
-        return [
-            {**window_batch(self.tokens, rows, self.block_size), "window": torch.from_numpy(numbers)}
-            for rows, numbers in zip(starts, windows, strict=True)
-        ]
+        return [window_batch(self.windows, rows, numbers) for rows, numbers in zip(starts, windows, strict=True)]
 
     def example_batch(self, batch_size, device="cpu"):
         """A micro-batch of the shape and type of every other: what a compiler needs to see."""
         zeros = np.zeros(batch_size, dtype=np.int64)
-        batch = {**window_batch(self.tokens, zeros, self.block_size), "window": torch.from_numpy(zeros)}
-        return on_device(batch, device)
+        return on_device(window_batch(self.windows, zeros, zeros), device)
 
     def hash_after(self, step, previous=None):
         """The running hash once this step is taken: `previous` is that of the step before, None at the first.
@@ -277,20 +320,6 @@ def check_split(sequences_per_step, micro_batch_size, world_size):
         )
 
 
-def window_batch(tokens, starts, block_size):
-    """{'inputs', 'targets'} of the windows at `starts`, int64 tensors (B, T); targets are the inputs one token on.
-
-    Tokens that are made when they are asked for make their windows themselves.
-    """
-    if hasattr(tokens, "window_batch"):
-        return tokens.window_batch(starts, block_size)
-    rows = np.empty((len(starts), block_size + 1), dtype=np.int64)  # (B, T + 1)
-    for row, start in zip(rows, starts.tolist(), strict=True):
-        row[:] = tokens[start : start + block_size + 1]
-    rows = torch.from_numpy(rows)
-    return {"inputs": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
-
-
 def on_device(batch, device):
     """A batch's tensors on a device; from pinned memory the copy does not wait."""
     # Pinned memory alone: an unpinned tensor can be freed, and reused, before MPS has copied it
@@ -309,7 +338,7 @@ def windows_of(eval_iters, block_size):
 
 
 class ValidationSet:
-    """The same windows of the validation split for every run, evenly spaced, none overlapping.
+    """The same windows (or records) of the validation split for every run, evenly spaced, none overlapping.
 
     Args:
         n_windows: how many; None, or more than there are, takes the whole split.
@@ -317,14 +346,10 @@ class ValidationSet:
 
     def __init__(self, dataset, block_size, n_windows=None):
         self.dataset, self.block_size = dataset, block_size
-        available = (len(dataset.val) - 1) // block_size
-        if available < 1:
-            raise UserError(
-                f"the validation split has {len(dataset.val)} tokens, fewer than the {block_size + 1} of one window; "
-                "lower --block_size, or use more text"
-            )
+        self.windows = windows_over(dataset.val, block_size, "validation")
+        available = self.windows.available
         n_windows = available if n_windows is None else min(n_windows, available)
-        self.starts = np.arange(n_windows, dtype=np.int64) * available // n_windows * block_size
+        self.starts = self.windows.starts(np.arange(n_windows, dtype=np.int64) * available // n_windows)
         self.hash = hashlib.blake2b(
             f"{dataset.fingerprint} {block_size} ".encode() + self.starts.astype("<i8").tobytes(), digest_size=16
         ).hexdigest()
@@ -357,8 +382,7 @@ class ValidationSet:
 
     def windows_at(self, windows):
         """{'inputs', 'targets', 'window'} of the windows with these numbers, (B,) int64."""
-        batch = window_batch(self.dataset.val, self.starts[windows], self.block_size)
-        return {**batch, "window": torch.from_numpy(windows)}
+        return window_batch(self.windows, self.starts[windows], windows)
 
     def target_bytes(self, targets):
         """Bytes of text behind supervised targets (a tensor on any device); NaN where that is unknown.

@@ -153,7 +153,8 @@ class ConsoleLogger(SilentLogger):
         """Show an evaluation row."""
         scores = "" if row["perplexity"] is None else f"  perplexity {row['perplexity']:.2f}"
         scores += "" if row["bits_per_byte"] is None else f"  {row['bits_per_byte']:.4f} bits/byte"
-        scores += "".join(f"  {name} {value:.4f}" for name, value in own_scores(row).items())
+        own = own_scores(row).items()
+        scores += "".join(f"  {name} {value:.4f}" for name, value in own if isinstance(value, float))
         mark = "  best so far" if is_best else ""
         self.say(
             f"{self._step(row)}  val {row['val_loss']:.4f}{scores}  {human_count(row['tokens_processed'])} tokens{mark}"
@@ -351,7 +352,8 @@ def _scalars(row):
     scalars = {}
     for key, value in row.items():
         if isinstance(value, dict):
-            scalars.update({f"{key}/{name}": item for name, item in value.items() if not isinstance(item, list)})
+            numbers = {name: item for name, item in value.items() if isinstance(item, (int, float))}
+            scalars.update({f"{key}/{name}": item for name, item in numbers.items()})
         elif isinstance(value, (int, float)) and key not in ("step", "tokens_processed"):
             scalars[f"{row['kind']}/{key}"] = value
     return scalars

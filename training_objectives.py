@@ -6,10 +6,12 @@
                                  #  'counts': {part: what it counted}}
 
 A batch is a dict of tensors from `training_data`: 'inputs' (B, T), 'targets' (B, T) with IGNORE_INDEX where nothing is
-supervised, 'window' (B,), and where a dataset has them 'positions' and 'document_ids' (B, T).
+supervised, 'window' (B,), and where a dataset has them 'positions' and 'document_ids' (B, T), or of records 'outcomes'
+(B,) and 'chances' (B, T).
 """
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from registry import Registry
 from training_corpora import PROBE_REGISTRY
 from training_data import bits_per_byte, keys_of, scrambled, shuffled
 from training_parallel import sum_over_ranks
+from training_win import win_scores, win_sums
 from user_errors import UserError
 
 OBJECTIVE_REGISTRY = Registry("objective", of="train")
@@ -33,6 +36,7 @@ class Objective(nn.Module):
     """
 
     head_fraction = 1.0  # the share of tokens that the output head is applied to, for the count of FLOPs
+    heads: ClassVar = {}  # {name: outputs} of what it reads from the hidden states beside the next token
 
     def __init__(self, model, config):
         super().__init__()
@@ -47,6 +51,10 @@ class Objective(nn.Module):
     def extra_tokens(cls, config):
         """How many ids the model's vocabulary must have beyond the dataset's."""
         return 0
+
+    @classmethod
+    def check_dataset(cls, dataset):
+        """Refuse a dataset that lacks what the objective needs, with a UserError."""
 
     def prepare(self, batch, key):
         """The batch as `forward` takes it, computed on the CPU while the batch before it trains.
@@ -119,6 +127,61 @@ class CausalLM(Objective):
     def scores(self, sums):
         more = {"answer_accuracy": sums["correct"] / sums["tokens"]} if self.counts_answers else {}
         return super().scores(sums) | more
+
+
+@OBJECTIVE_REGISTRY("lm_plus_win")
+class LMPlusWin(CausalLM):
+    """The next token, and at every step who wins: lm_loss + lambda_wp * wp_loss, both in nats per supervised token.
+
+    wp_loss is the binary cross-entropy between a record's outcome and the `win` head's prediction after each token that
+    has a next one. How good it can get is known where the dataset has the true chances (`training_games.py`).
+    """
+
+    heads: ClassVar = {"win": 1}
+
+    class Options:
+        lambda_wp: float = 1.0  # weight of wp_loss, the loss of predicting the winner, beside lm_loss
+
+    def __init__(self, model, config):
+        super().__init__(model, config)
+        if not 0 <= self.options.lambda_wp < math.inf:
+            raise UserError(f"lambda_wp={self.options.lambda_wp} must be a number from 0 on")
+
+    @classmethod
+    def check_dataset(cls, dataset):
+        if not dataset.has_outcomes:
+            raise UserError(
+                f"objective='lm_plus_win' predicts an outcome, and {dataset.folder} has none; use --dataset=games (of "
+                "your own: --input=FILE.jsonl), or objective='causal_lm'"
+            )
+
+    def scoring(self):
+        """Losses of different weights are different losses."""
+        return {"ranked_by": "final_val_loss", "loss": f"lm_loss + {self.options.lambda_wp:g} wp_loss"}
+
+    def forward(self, batch):
+        hidden, auxiliary, counts = self.read(batch)
+        lm_loss, lm_nats = self.cross_entropy(hidden, batch["targets"])
+        logits = self.model.heads["win"](hidden).squeeze(-1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T)
+        is_supervised = batch["targets"] != IGNORE_INDEX
+        outcomes = batch["outcomes"].to(logits.dtype)[:, None].expand_as(logits)
+        wp_nats = (F.binary_cross_entropy_with_logits(logits, outcomes, reduction="none") * is_supervised).sum()
+        weight = self.options.lambda_wp
+        loss = lm_loss + weight * wp_nats
+        sums = {"nats": (lm_nats + weight * wp_nats).detach(), "tokens": supervised_tokens(batch), "counts": counts}
+        sums["loss"] = loss + auxiliary if counts else loss
+        if not self.training:
+            sums |= {"lm_nats": lm_nats, "wp_nats": wp_nats}
+            sums |= win_sums(logits, outcomes, is_supervised, batch.get("chances"))
+        return sums
+
+    def scores(self, sums):
+        """val_loss is lm_loss + lambda_wp * wp_loss; perplexity and bits per byte are those of lm_loss."""
+        lm = super().scores({**sums, "nats": sums["lm_nats"]})
+        n = sums["tokens"]
+        losses = {"lm_loss": lm["val_loss"], "wp_loss": sums["wp_nats"] / n}
+        return lm | {"val_loss": sums["nats"] / n} | losses | win_scores(sums)
 
 
 def added(counts, more):
@@ -396,7 +459,8 @@ def validation_scores(objective, validation, batch_size, place, is_final=False):
 
 
 def summed(objective, batches, validation, place):
-    """{name: float} that the objective returns, and 'bytes' of text behind supervised targets, over batches and ranks.
+    """{name: float, or list where it is a vector} that the objective returns, and 'bytes' of text behind supervised
+    targets, over batches and ranks.
 
     Sums and counts are carried; whoever wants a mean divides once.
     """
@@ -409,9 +473,10 @@ def summed(objective, batches, validation, place):
             sums = {name: value for name, value in sums.items() if name not in ("loss", "counts")}
             sums["bytes"] = torch.tensor(n_bytes)
             dtype = torch.float32 if place.device.type == "mps" else torch.float64
-            total = total + torch.stack([value.to(place.device, dtype) for value in sums.values()])
+            total = total + torch.cat([value.to(place.device, dtype).flatten() for value in sums.values()])
     objective.train(was_training)
-    return dict(zip(sums, sum_over_ranks(total, place).tolist(), strict=True))
+    parts = sum_over_ranks(total, place).split([value.numel() for value in sums.values()])
+    return {name: part.view(sums[name].shape).tolist() for name, part in zip(sums, parts, strict=True)}
 
 
 def perplexity(nats):

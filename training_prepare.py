@@ -8,7 +8,8 @@ because the tokenizer libraries let go of Python's lock (starting processes woul
 
 A preparation that ends early, by Ctrl-C, a kill or a lost network, loses at most the file being written: run again, it
 goes on behind the last whole one, and gives the same files byte for byte. meta.json is written last: a folder that has
-it is whole. Nothing that is there is ever overwritten. This file imports no torch, so that preparing starts at once.
+it is whole. Nothing that is there is ever overwritten. Records (`training_records.py`) are written by another path, and
+start over. This file imports no torch, so that preparing starts at once.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import numpy as np
 
 from training_config import TrainConfig
 from training_corpora import CORPUS_REGISTRY, PROBE_REGISTRY
+from training_records import write_records
 from training_shards import PROGRESS, check_no_token_files, unfinished
 from training_token_files import (
     SPLITS,
@@ -81,12 +83,14 @@ def recipe_of(settings):
     parts = [settings.dataset]
     if settings.dataset in CORPUS_REGISTRY:
         corpus = CORPUS_REGISTRY[settings.dataset]
-        variant = corpus.check_variant(variant)
-        tokenizer = tokenizer or corpus.tokenizer
-        vocab_size = learned_vocab_size(corpus, tokenizer, vocab_size)
+        if corpus.input_is_the_data and settings.input is not None:
+            parts.append(Path(settings.input).expanduser().resolve().stem)
+        if corpus.holds_records:
+            variant, vocab_size = corpus.check_choices(settings)
+        else:
+            variant, tokenizer = corpus.check_variant(variant), tokenizer or corpus.tokenizer
+            vocab_size = learned_vocab_size(corpus, tokenizer, vocab_size)
         parts += choices_that_differ(corpus, variant, tokenizer, vocab_size)
-    if settings.dataset == "text" and settings.input is not None:
-        parts.insert(1, Path(settings.input).expanduser().resolve().stem)
     folder = Path(settings.data_dir) / "-".join(parts)
     shard_tokens = getattr(settings, "shard_tokens", TrainConfig.shard_tokens)
     if shard_tokens < LEAST_SHARD_TOKENS:
@@ -97,10 +101,10 @@ def recipe_of(settings):
 def choices_that_differ(corpus, variant, tokenizer, vocab_size):
     """What a folder's name must add because it is not the dataset's default."""
     parts = []
-    if variant != corpus.check_variant(None):
+    if variant not in (None, corpus.check_variant(None)):
         parts.append(variant)
     if (tokenizer, vocab_size) != (corpus.tokenizer, corpus.tokenizer_vocab_size):
-        parts.append(f"{tokenizer_label(tokenizer)}{vocab_size or ''}")
+        parts.append(f"{tokenizer_label(tokenizer) if tokenizer else 'vocab'}{vocab_size or ''}")
     return parts
 
 
@@ -188,6 +192,12 @@ def prepare(settings, workers=None, chunk_bytes=CHUNK_BYTES, quiet=False):
     with unfinished(recipe.folder, settings_of(recipe, corpus)) as preparation, progress_bar(quiet) as advance:
         if preparation is None:  # another process made it meanwhile
             check_meets(read_meta(recipe.folder), recipe)
+            return recipe.folder
+        if corpus.holds_records:
+            facts = {"source": corpus.source(), "input": facts_of_input(corpus), **corpus.facts()}
+            names, vocab_size = ("dataset", "variant", "tokenizer_vocab_size"), corpus.vocab_size(recipe)
+            facts |= {name: getattr(recipe, name) for name in names}
+            write_records(recipe.folder, corpus.records(vocab_size, advance), vocab_size, facts)
             return recipe.folder
         tokenizer = take_up(preparation, corpus, recipe, advance)
         with kept_on_failure(preparation):
@@ -402,6 +412,10 @@ def summary_of(folder):
     for split in SPLITS:
         facts = meta["splits"][split]
         counts = [f"{facts[name]:,} {name}" for name in ("tokens", "bytes", "documents") if facts[name] is not None]
+        if facts.get("records"):
+            mean, won = facts["tokens"] / facts["documents"], facts["outcomes"] / facts["documents"]
+            counts += [f"{mean:,.1f} tokens each, {facts['longest']:,} at most", f"outcome 1 in {100 * won:.1f}%"]
+            counts += [] if facts.get("best_wp_loss") is None else [f"wp_loss {facts['best_wp_loss']:.4f} at best"]
         n_files = len(shards_of(meta, split))
         counts += [f"{n_files} files"] if n_files > 1 else []
         lines.append(f"  {split:5s} {', '.join(counts)}")

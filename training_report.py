@@ -75,6 +75,8 @@ def architecture_tree(model, flops):
     label += f", at {100 * fraction:.3g}% of the tokens" if fraction < 1 else ""
     own = bias if config.weight_tying else bias + head.numel()
     rows.append(("", label, own, 2 * (head.numel() + bias) * fraction))
+    for name, part in model.heads.items():
+        rows.append(("", f"head for {name}  {_shape(part.weight)}", _parameters(part), _flops(part, config)))
     lines = [f"{'':<52}{'parameters':>14}{'FLOPs/token':>14}"]
     for index, (indent, label, parameters, cost) in enumerate(rows):
         last = index + 1 == len(rows) or (indent and not rows[index + 1][0])
@@ -132,6 +134,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
     config, block_size = settings.train, settings.model.block_size
     steps, tokens_per_step = resolved["max_iters"], resolved["tokens_per_step"]
     tokens, train_tokens, val_tokens = steps * tokens_per_step, len(dataset.train), len(dataset.val)
+    per_epoch = resolved["tokens_per_epoch"]
     ranks = f"{mode(config, place)}, " if place.world_size > 1 else ""
     at_half = flops.training * tokens / (peak.flops_per_second * place.world_size / 2)
     kernels = ", ".join(f"{part} {kernel}" for part, kernel in resolved["kernels"].items())
@@ -145,7 +148,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
                     f"tokens, {dataset.tokenizer_name}, vocabulary {dataset.vocab_size:,}"),
         ("step", f"{tokens_per_step:,} tokens: {config.batch_size} x {block_size}"
                  f" x {config.gradient_accumulation_steps} micro-batch(es)"),
-        ("run", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / train_tokens:.2f} epochs, "
+        ("run", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / per_epoch:.2f} epochs, "
                 f"{human_count(flops.training * tokens)}FLOP"),
         ("device", f"{place.world_size} x {resolved['device_name']}, {place.precision}, "
                    f"{ranks}compile {resolved['compile']}, {kernels}"),
@@ -154,6 +157,8 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
         ("memory", memory_text(settings, place)),
     ]  # fmt: skip
     rows += [("kernels", line) for line in kernels_not_taken(resolved)]
+    if per_epoch > train_tokens:
+        rows.append(("padding", f"{100 * (1 - train_tokens / per_epoch):.0f}% of what is processed, never supervised"))
     if resolved["matching"]:
         rows.insert(1, ("matching", matching.sentence(resolved["matching"])))
     if schedule := resolved["checkpoint_schedule"]:

@@ -73,20 +73,25 @@ def check_shards(folder, meta, split, checksums):
     """Refuse a shard that is missing or has another size than meta.json says; with checksums=True its bytes count."""
     itemsize = np.dtype(meta["dtype"]).itemsize
     for shard in shards_of(meta, split):
-        path, expected = Path(folder) / shard["name"], shard["tokens"] * itemsize
-        if not path.is_file():
-            raise UserError(f"{path} is missing; {how_to_prepare_again(folder)}")
-        n_bytes = path.stat().st_size
-        if n_bytes == 0:
-            raise UserError(f"{path} is empty; {how_to_prepare_again(folder)}")
-        if n_bytes != expected:
-            state = "truncated" if n_bytes < expected else "not the one described"
-            raise UserError(
-                f"{path} has {n_bytes:,} bytes where meta.json says {expected:,}: it is {state}; "
-                f"{how_to_prepare_again(folder)}"
-            )
-        if checksums and sha256_of(path) != shard["sha256"]:
-            raise UserError(f"{path} has a wrong checksum: it was changed; {how_to_prepare_again(folder)}")
+        check_file(folder, shard["name"], shard["tokens"] * itemsize, shard["sha256"] if checksums else None)
+
+
+def check_file(folder, name, expected, sha256=None):
+    """Refuse a file that is missing, has not `expected` bytes, or another checksum where one is given."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {how_to_prepare_again(folder)}")
+    n_bytes = path.stat().st_size
+    if n_bytes == 0:
+        raise UserError(f"{path} is empty; {how_to_prepare_again(folder)}")
+    if n_bytes != expected:
+        state = "truncated" if n_bytes < expected else "not the one described"
+        raise UserError(
+            f"{path} has {n_bytes:,} bytes where meta.json says {expected:,}: it is {state}; "
+            f"{how_to_prepare_again(folder)}"
+        )
+    if sha256 is not None and sha256_of(path) != sha256:
+        raise UserError(f"{path} has a wrong checksum: it was changed; {how_to_prepare_again(folder)}")
 
 
 def sha256_of(path, *others):
@@ -161,6 +166,7 @@ class ShardedTokens:
 def describe(tokenizer_meta, token_bytes, dtype, splits, **facts):
     """The dict of meta.json. `fingerprint` names the tokens themselves: two datasets that share it are the same."""
     identity = [tokenizer_meta, np.dtype(dtype).name, *(splits[split]["sha256"] for split in SPLITS)]
+    identity += [splits[split]["records"]["sha256"] for split in SPLITS if "records" in splits[split]]
     identity = json.dumps(identity, sort_keys=True)
     return {
         "format": FORMAT,

@@ -103,6 +103,8 @@ SETTINGS = [
     ("--arch_preset=bert --block_pattern=mamba", ["causal=False", "'mamba' in block_pattern='mamba'", "left to right"]),
     ("--arch_preset=bert --objective=masked_lm --vocab_size=256", ["objective needs 1 more", "set vocab_size=257"]),
     ("--arch_preset=bert --objective=masked_lm --mask_fraction=2.0", ["mask_fraction=2.0 must lie in (0, 1]"]),
+    ("--objective=lm_plus_win", ["objective='lm_plus_win' predicts an outcome", "has none; use --dataset=games"]),
+    ("--lambda_wp=most", ["lambda_wp='most' is a str, and must be a float"]),
     ("--mask_fraction=most", ["mask_fraction='most' is a str, and must be a float"]),
     ("--attention_soft_cap=5.0", ["attention_soft_cap=5.0", "attention_backend='sdpa'"]),
     ("--attention_backend=flex", ["attention_backend='flex'", "cpu", "'sdpa' or 'manual'"]),

@@ -31,6 +31,7 @@ AUDIT_CASES = [
     ("evaluation set", "voids", {"dataset__evaluation_hash": "other"}),
     ("objective", "voids", {"objective": "masked_lm"}),
     ("score", "voids", {"resolved__scoring": {"ranked_by": "pseudo_perplexity", "tokens": 1024}}),
+    ("score", "voids", {"resolved__scoring": {"ranked_by": "final_val_loss", "loss": "lm_loss + 0.5 wp_loss"}}),
     ("tokens per step", "warns", {"resolved__tokens_per_step": 1536}),
     ("block_size", "warns", {"block_size": 128}),
     ("initial weights", "warns", {"initial_weights": {"source": "hf:gpt2"}}),

@@ -119,6 +119,10 @@ def test_runs_that_do_not_line_up(tmp_path):
     fewer = run(tmp_path / "fewer")
     edit(fewer, 10, total_tokens_supervised=300)
     assert "supervised 320 and 300 of the same 320 tokens" in problems(a, fewer)[0]
+    variant = json.loads((fewer / "checkpoint-10" / "metadata.json").read_text(encoding="utf-8"))
+    variant["training_config"]["variant"] = "small"  # other records, other padding
+    (fewer / "checkpoint-10" / "metadata.json").write_text(json.dumps(variant), encoding="utf-8")
+    assert problems(a, fewer) == []
     empty = run(tmp_path / "empty", schedule=())
     assert "empty has no checkpoint" in problems(a, empty)[0]
 

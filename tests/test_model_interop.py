@@ -324,6 +324,17 @@ def test_weights_of_another_architecture_are_refused(transformers, tiny):
         interop.to_ours(entry, {**tensors, "model.norm.weight": torch.zeros(3)}, ours)
 
 
+def test_a_head_of_an_objective_starts_anew(transformers):
+    theirs = hf_model(transformers, "llama")
+    plain = interop.from_hf(theirs)
+    headed = ConfigurableGPT(plain.config, heads={"win": 1})
+    tensors = dict(theirs.named_parameters())
+    found = interop.to_ours(HF_CLASS_REGISTRY["LlamaForCausalLM"], tensors, headed)
+    assert found.keys() == dict(plain.named_parameters()).keys() == dict(headed.named_parameters()).keys() - {
+        "heads.win.weight", "heads.win.bias"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("library, message", [(None, "pip install 'transformers>=5'"), ("4.57.1", "4.57.1 is too old")])
 def test_a_missing_or_old_library_is_named(monkeypatch, tiny, library, message):
     stand_in = None if library is None else type("transformers", (), {"__version__": library})

@@ -59,6 +59,28 @@ def test_a_sweep_file_is_a_config_file_with_a_few_names_more(read):
     assert order == sorted(order)  # shared, variant, size, command line: what comes later wins
 
 
+def test_a_size_may_give_each_variant_a_shape_of_its_own(read):
+    sweep_ = read("sizes = {'S': {'one': '--n_layer=3', 'two': '--n_layer=2 --n_head=1'}, 'L': '--n_layer=5'}")
+    found = {cell: planning.run_arguments(sweep_, *cell)[-2:] for cell in planning.cells(sweep_)}
+    assert found["one", "S"][-1] == "--n_layer=3" and found["two", "S"] == ["--n_layer=2", "--n_head=1"]
+    assert found["one", "L"][-1] == found["two", "L"][-1] == "--n_layer=5"
+
+
+def test_the_tiers_of_the_games_have_the_known_shapes(monkeypatch):
+    """Vocabulary 69, block 2560: docs/matching.md, and of the head n_embd + 1."""
+    monkeypatch.chdir(ROOT)
+    sweep_ = planning.read_sweep(["config/sweep_games_tiers.py"])
+    dataset = OneEpoch()
+    dataset.vocab_size, dataset.train = 69, np.zeros(10_000, dtype=np.uint8)
+    sizes = {cell: planning.cost_of(planning.plan_run(sweep_, dataset, *cell, 1).settings).parameters
+             for cell in planning.cells(sweep_)}  # fmt: skip
+    assert sizes == {
+        ("transformer", "1.1M"): 1_129_856 + 129, ("transformer", "5.4M"): 5_412_096 + 257,
+        ("linear_attention", "1.1M"): 1_129_856 + 129, ("linear_attention", "5.4M"): 5_412_096 + 257,
+        ("mamba", "1.1M"): 1_155_616 + 113, ("mamba", "5.4M"): 5_196_352 + 225,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("seeds, meant", [(2, (1337, 1338)), ((5,), (5,)), (1, (1337,))])
 def test_seeds_are_a_number_or_a_list(read, seeds, meant):
     assert read(f"seeds = {seeds!r}").seeds == meant
@@ -68,6 +90,10 @@ def test_seeds_are_a_number_or_a_list(read, seeds, meant):
     ("variants = {}", [], "variants = {'label'"),
     ("variants = {'a b': ''}", [], "label 'a b' cannot be part of a folder's name"),
     ("variants = {'a': 3}", [], "'a' is mapped to 3"),
+    ("sizes = {'S': {'one': ''}}", [], "'S' has no shape for the variant 'two'; the variants are one, two"),
+    ("sizes = {'S': {'one': '', 'two': '', 'tow': ''}}", [], "'S' names the variant 'tow'; the variants are one, two"),
+    ("sizes = {'S': {'one': '', 'two': 3}}", [], "'S' must map 'two' to arguments of train.py, not to 3"),
+    ("sizes = {'S': 3}", [], "'S' is mapped to 3"),
     ("learning_rate = 'high'", [], "learning_rate='high' is a str"),
     ("learning_rtes = (1e-3,)", [], "did you mean 'learning_rates'"),
     ("learning_rates = (1e-3, 0)", [], "one is 0"),

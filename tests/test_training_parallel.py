@@ -16,6 +16,7 @@ from mixer_attention import MIXER_REGISTRY
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
 from training_config import TrainConfig
+from training_data import load_dataset
 from training_helpers import (
     ROOT,
     Workshop,
@@ -29,6 +30,7 @@ from training_helpers import (
     training_state,
     weights,
     workshop,
+    write_games,
 )
 from training_objectives import OBJECTIVE_REGISTRY
 from training_parallel import Place, find_place
@@ -86,6 +88,7 @@ ENCODER = (
     "--arch_preset=bert", "--objective=masked_lm", "--dropout=0.0", "--batch_size=2", "--gradient_accumulation_steps=4",
     "--pseudo_perplexity_tokens=21",
 )  # fmt: skip
+GAMES = ("--dataset=games", "--input=played.jsonl", "--objective=lm_plus_win", "--lambda_wp=0.5")
 MOE = ("--ffn_type=moe", "--n_experts=4", "--load_balance_loss=0.1", "--router_bias_rate=0.01")
 
 
@@ -205,6 +208,7 @@ KINDS = {
     "mamba": ("--block_pattern=mamba",),
     "lstm": ("--block_pattern=lstm",),
     "muon": ("--optimizer=muon",),
+    "games": (*GAMES, "--dropout=0.0"),
     "clipped": (*MOE, "--grad_clip=0.05", "--gradient_checkpointing=full", "--layer_stats_interval=2"),
 }
 MODES = {"DDP": (), "ZeRO-1": ("--use_zero1=True",), "FSDP2": ("--use_fsdp=True",)}
@@ -218,10 +222,18 @@ SHUFFLED = {
 }
 
 
+def prepare_games(book):
+    """Make data/games-played beside the book, so that its input need not be where a run is started."""
+    write_games(book / "played.jsonl", 200)
+    config = TrainConfig(dataset="games", data_dir=str(book / "data"), input=str(book / "played.jsonl"))
+    load_dataset(config, quiet=True)
+
+
 @pytest.fixture(scope="module")
 def modes(book, tmp_path_factory):
     """(Workshop, what was printed) after two ranks trained every kind in every mode."""
     shop = Workshop(tmp_path_factory.mktemp("modes"), book)
+    prepare_games(book)
     commands = [
         shop.command(*STEPS, *settings, *mode, name=f"{kind} {name}")
         for kind, settings in KINDS.items() for name, mode in MODES.items()
@@ -262,6 +274,7 @@ def assert_same_training(one, other, steps=10, atol=1e-5):
 def alone(book, tmp_path_factory):
     """{kind: run folder} of one process each, made when asked for."""
     shop, made = Workshop(tmp_path_factory.mktemp("alone"), book), {}
+    prepare_games(book)
 
     def run(kind):
         if kind not in made:
@@ -277,6 +290,18 @@ def test_every_mode_trains_what_one_process_does(modes, alone, kind, mode):
     together = modes[0].runs / f"{kind} {mode}"
     assert_same_training(together, alone(kind), atol=1e-3 if kind == "muon" else 1e-5)  # Muon multiplies in bfloat16
     assert read_json(together / "config.json")["resolved"]["parallel"] == mode
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_winners_are_scored_the_same_in_every_mode(modes, alone, mode):
+    one, other = summary(modes[0].runs / f"games {mode}"), summary(alone("games"))
+    assert one["tokens_supervised"] == other["tokens_supervised"] < one["tokens_processed"]
+    for name in ("lm_loss", "wp_loss", "wp_acc", "wp_brier", "wp_ece", "wp_gap", "wp_acc_by_stage", "wp_best"):
+        assert one[name] == pytest.approx(other[name], abs=1e-5), name
+    assert one["wp_reliability"]["count"] == other["wp_reliability"]["count"]
+    norms = [torch.load(each / "checkpoint-10" / "training_state.pt", weights_only=True)["optimizers"]
+             for each in (modes[0].runs / f"games {mode}", alone("games"))]  # fmt: skip
+    assert all("heads.win.weight" in optimizers[0] for optimizers in norms)
 
 
 def test_one_process_goes_on_with_what_a_mode_saved_and_two_with_what_it_saved(modes, alone, workshop):

@@ -61,9 +61,10 @@ def number(text):
     {"qk_norm": True, "position_encoding": "rope"},
 ], ids=str)  # fmt: skip
 def test_the_lines_of_the_tree_add_up(tiny, changes, head_fraction):
-    model = ConfigurableGPT(tiny(**changes))
+    model = ConfigurableGPT(tiny(**changes), heads={"win": 1, "way": 3})
     flops = flops_per_token(model, head_fraction=head_fraction)
     lines = architecture_tree(model, flops)
+    assert any("head for way  3 x 16" in line for line in lines)
     layers, parameters, cost = 1, 0, 0.0
     for line in lines[1:-1]:
         inside = line.startswith("│")
@@ -89,6 +90,7 @@ def report(tiny, notes=(), tokenizer="byte", model=None, resolved=None, matched=
     resolved = {
         "max_iters": 10,
         "tokens_per_step": 64,
+        "tokens_per_epoch": 4992,
         "compile": "off",
         "device_name": "Abacus",
         "kernels": {"attention": "sdpa"},
@@ -99,6 +101,12 @@ def report(tiny, notes=(), tokenizer="byte", model=None, resolved=None, matched=
     place = Place(torch.device("cpu"), "float32", tf32=False)
     peak = HardwarePeak(1e9, "counted on fingers")
     return startup_report(network, flops_per_token(network), peak, place, settings, dataset, resolved, notes)
+
+
+def test_padding_is_no_surprise(tiny):
+    text = report(tiny, resolved={"tokens_per_epoch": 16_000})
+    assert "10 steps, 640 tokens, 0.04 epochs" in text
+    assert "padding      69% of what is processed, never supervised" in text and "padding" not in report(tiny)
 
 
 def test_it_says_what_is_about_to_happen(tiny):

@@ -49,6 +49,23 @@ def book(tmp_path_factory):
     return folder
 
 
+def write_games(path, n, seed=0):
+    """Write n records of 4 to 17 tokens with their chances as lines of JSON, and return them as dicts.
+
+    The second token is 2 or 3, which tells the outcome in 9 of 10 records; the last is 4 or 5 and tells it for certain.
+    """
+    rng, lines = random.Random(seed), []
+    for _ in range(n):
+        favours = rng.random() < 0.5
+        outcome = int(favours == (rng.random() < 0.9))
+        middle = [rng.choice((6, 7, 8)) for _ in range(rng.randrange(1, 15))]
+        tokens = [1, 3 if favours else 2, *middle, 4 + outcome]
+        chances = [0.5] + [0.9 if favours else 0.1] * (len(middle) + 1) + [float(outcome)]
+        lines.append({"tokens": tokens, "outcome": outcome, "chances": chances})
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8", newline="\n")
+    return lines
+
+
 class Workshop:
     """A folder for runs, the book to train on, and what a command printed."""
 
