@@ -24,7 +24,7 @@ from training_data import (
     bits_per_byte,
     load_dataset,
     shuffled,
-    window_batch,
+    windows_over,
 )
 from training_prepare import prepare, recipe_of, summary_of
 from training_token_files import ShardedTokens, describe_token_files, read_meta
@@ -524,7 +524,7 @@ def test_windows_beyond_both_borders_of_an_index_are_read_right(tmp_path):
         pytest.skip("this file system has no sparse files")
     tokens = ShardedTokens(shards, np.dtype("<u2"))
     starts = np.array([2**31 - 32, 2**32 - 20 - 32], dtype=np.int64)
-    near, across = window_batch(tokens, starts, block_size=64)["targets"].numpy()
+    near, across = windows_over(tokens, 64, "training").batch(starts)["targets"]
     assert near.tolist() == [n % 2**16 for n in range(2**31 - 31, 2**31 + 33)]
     assert across.tolist() == [n % 2**16 for n in range(2**32 - 51, 2**32 - 20)] + list(range(33))
 
