@@ -9,7 +9,7 @@ import math
 import torch
 
 from registry import Registry
-from training_parallel import whole
+from training_parallel import squared_norms
 from user_errors import UserError
 
 OPTIMIZER_REGISTRY = Registry("optimizer", of="train")
@@ -165,9 +165,15 @@ def build_schedule(config, total_steps):
 
 def clip_gradients(parameters, max_norm):
     """Scale gradients so that their global norm is at most max_norm (0: leave them), and return the norm before."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    by_mesh = {}  # one call takes the gradients of one mesh, or those that are whole
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    gradients = [parameter.grad for group in by_mesh.values() for parameter in group]
+    is_whole = by_mesh.keys() == {None}
+    norm = torch.nn.utils.get_total_norm(gradients) if is_whole else squared_norms(gradients).sum().sqrt()
     # On a CPU looking at the norm is free and a pass over all gradients is not; a GPU would have to be waited for.
     if max_norm and not (norm.device.type == "cpu" and norm <= max_norm):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for group in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm

@@ -2,6 +2,7 @@
 
 import model_matching as matching
 from model_flops import CONVENTION, active_parameters, linear_flops, state_bytes, training_memory_bytes
+from training_mesh import split_share
 from training_parallel import DTYPES, bytes_held, mode, recomputed
 
 # ---- numbers for people ----------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def startup_report(model, flops, peak, place, settings, dataset, resolved, notes
     memory = training_memory_bytes(
         model, config.batch_size, DTYPES[place.dtype], config.loss_chunk_elements, n_recomputed
     )
-    memory = bytes_held(memory, place, config)
+    memory = bytes_held(memory, place, config, split_share(model))
     ranks = f"{mode(config, place)}, " if place.world_size > 1 else ""
     at_half = flops.training * tokens / (peak.flops_per_second * place.world_size / 2)
     kernels = ", ".join(f"{part} {kernel}" for part, kernel in resolved["kernels"].items())

@@ -9,6 +9,7 @@ import difflib
 import functools
 import os
 import sys
+import time
 
 
 class UserError(Exception):
@@ -37,6 +38,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{hint or '; see --help'}")
 
 
+SECONDS_FOR_RANK_0 = 4
+
+
+def _whose():
+    """Nothing, or ' on rank 3': what all ranks of a job find wrong rank 0 says, and torchrun ends the others then."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return ""
+    time.sleep(SECONDS_FOR_RANK_0)
+    return f" on rank {rank}"
+
+
 def exit_on_user_error(main):
     """Decorate a script's main: a UserError becomes `error: ...` on stderr and exit code 2, Ctrl-C one word and 130."""
 
@@ -48,7 +61,7 @@ def exit_on_user_error(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error{_whose()}: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
         except BrokenPipeError:  # `... | head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
