@@ -172,9 +172,17 @@ def _exchanged(experts, group, x, chosen, weights):
     rows = Exchange.apply(Dispatch.apply(x.to(dtype), order, inverse), sizes_out, sizes_in, group)
     own = torch.arange(n_experts // n_ranks, device=x.device).repeat(n_ranks).repeat_interleave(received)
     ones = weights.new_ones(len(rows), 1)
-    y = experts.combine(rows, own[:, None], ones, *(tensor.to_local() for tensor in held))
+    y = experts.combine(rows, own[:, None], ones, *(_own_experts(tensor, n_ranks) for tensor in held))
     y = Exchange.apply(y, sizes_in, sizes_out, group) * weights.flatten()[order, None]
     return Collect.apply(y, order, inverse).to(x.dtype)
+
+
+def _own_experts(tensor, n_ranks):
+    """The experts of this rank. They hear the tokens of all `n_ranks`, whose mean is what other gradients are of."""
+    own = tensor.to_local()
+    if own.requires_grad:
+        own.register_hook(lambda grad: grad / n_ranks)
+    return own
 
 
 class Exchange(torch.autograd.Function):

@@ -331,9 +331,6 @@ def _shard_experts(part, place, settings):
         return Shard(next(dim for dim in (1, 2, 0) if parameter.size(dim) % n == 0 or dim == 0))
 
     fully_shard(part, shard_placement_fn=dimension, **settings)
-    # Each expert has heard the tokens of expert_parallel ranks: the sum is over all data, and so must be the mean.
-    part.set_gradient_divide_factor(float(place.data_size))
-    part.set_force_sum_reduction_for_comms(place.device.type == "cpu")  # gloo cannot scale while it sums
 
 
 def distributed_optimizers(optimizers, model, place, config):
