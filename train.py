@@ -118,6 +118,7 @@ def train(arguments, closing):
     optimizers = parallel.distributed_optimizers(optimizers, model, place, config)
     if is_resumed:
         checkpoint.restore_optimizers(optimizers, saved["optimizers"], saved_at)
+    parallel.wait_for_all(place)  # all have read the run folder: from here on rank 0 writes to it
 
     # ---- say what is about to happen ---------------------------------------------------------------------------------
     peak = hardware_peak(place.device, place.precision)

@@ -9,7 +9,7 @@ import math
 import torch
 
 from registry import Registry
-from training_parallel import squared_norms
+from training_parallel import laid_out_as, squared_norms, whole
 from user_errors import UserError
 
 OPTIMIZER_REGISTRY = Registry("optimizer", of="train")
@@ -49,11 +49,37 @@ class MuonWithAdamW:
             raise UserError(f"muon_learning_rate={learning_rate} must be above 0, or None for learning_rate")
         if not 0 <= o.muon_momentum < 1:
             raise UserError(f"muon_momentum={o.muon_momentum} must lie in [0, 1)")
-        muon = torch.optim.Muon(
+        muon = Muon(
             _groups(matrices, parameters, config, learning_rate), lr=learning_rate, momentum=o.muon_momentum,
             adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip
         return [muon, _adamw([spec for spec in plan if not spec.is_matrix], parameters, config, device)]
+
+
+class Muon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):
+    """torch's own, which orthogonalises whole matrices: those that are sharded are gathered for it, one at a time.
+
+    Every rank then computes the same update and keeps its part of it. torch's works on the shards too, a product of its
+    iteration at a time, each with its exchange.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not any(hasattr(parameter, "full_tensor") for group in self.param_groups for parameter in group["params"]):
+            return super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_whole(parameter, {name: group[name] for name in self.defaults})
+
+    def _step_whole(self, parameter, settings):
+        matrix = torch.nn.Parameter(whole(parameter).clone())
+        matrix.grad = whole(parameter.grad)
+        alone = torch.optim.Muon([matrix], **settings)
+        alone.state[matrix] = {name: whole(value) for name, value in self.state[parameter].items()}
+        alone.step()
+        parameter.copy_(laid_out_as(parameter, matrix.detach()))
+        self.state[parameter] = {name: laid_out_as(parameter, value) for name, value in alone.state[matrix].items()}
 
 
 def _adamw(plan, parameters, config, device):

@@ -532,10 +532,10 @@ def restore_state(optimizer, states):
     for name, parameter in _named(optimizer):
         if name in states and id(parameter) in held:
             order = orders.get(name)
-            own.state[parameter] = {key: _laid_out_as(parameter, value, order) for key, value in states[name].items()}
+            own.state[parameter] = {key: laid_out_as(parameter, value, order) for key, value in states[name].items()}
 
 
-def _laid_out_as(parameter, value, order=None):
+def laid_out_as(parameter, value, order=None):
     """A whole tensor where the parameter's is, and sharded as it is where it has the parameter's shape."""
     if not torch.is_tensor(value):
         return value
@@ -644,6 +644,11 @@ def gather(value, place):
     if place.world_size > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def wait_for_all(place):
+    """Return when every rank has come here."""
+    gather(None, place)
 
 
 def peak_memory_bytes(place):
