@@ -310,8 +310,10 @@ def _shard(objective, place, config):
     settings = {
         "mesh": place.mesh[over],
         "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[config.fsdp_dtype], reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if config.fsdp_cpu_offload else OffloadPolicy(),
+        "offload_policy": OffloadPolicy(),
     }
+    if config.fsdp_cpu_offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=place.device.type == "cuda")
     reshard = config.fsdp_reshard_after_forward
     for block in objective.model.blocks:
         for part in training_mesh.parts_with(block, "split_experts") if place.expert_parallel > 1 else ():

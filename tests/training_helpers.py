@@ -193,7 +193,7 @@ def script(name, *arguments):
 
 
 # One launch of torchrun, because starting ranks takes seconds: commands run one after another in its processes, with
-# each one's own number for {rank}. They join at the first command and part after the last: processes can join only once.
+# its own number for {rank} in each. They join at the first command and part after the last: a process can join once.
 DRIVER = """
 import json, os, sys
 import torch.distributed as dist
