@@ -147,7 +147,7 @@ REFUSED = {
     "--seed={rank}":
         "rank 1 runs with seed=1 and rank 0 with seed=0; start every rank from the same files with the same settings",
     "--init_from=resume --run_name=other":
-        "is of another architecture: blocks.0.ffn.up.weight is (64, 16) there and (32, 16) here",
+        "is of another architecture: token_embedding.weight is (256, 16) there and (256, 32) here",
 }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def two(book, tmp_path_factory):
     ranks = Ranks(Workshop(tmp_path_factory.mktemp("two"), book), 2)
     shop = ranks.shop
     other = shop.run("--max_iters=1", "--eval_interval=1", name="other")
-    changed = (other / "config.json").read_text(encoding="utf-8").replace('"ffn_type": "standard"', '"ffn_hidden": 32')
+    changed = (other / "config.json").read_text(encoding="utf-8").replace('"n_embd": 16', '"n_embd": 32')
     (other / "config.json").write_text(changed, encoding="utf-8")
     commands = [ranks.command(kind, *TWO[mode][0], name=f"{kind} {mode}") for kind, mode in CASES_OF_TWO]
     commands += [
