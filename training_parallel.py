@@ -7,7 +7,9 @@ function here does the obvious thing. How one layer is split over ranks is in `t
 import contextlib
 import datetime
 import functools
+import gc
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -117,6 +119,9 @@ def find_place(config):
     )  # fmt: skip
     check_world(config, place)
     if distributed:
+        # DDP and FSDP2 import this later, when its functions would keep the group as a default argument: for ever, and
+        # gloo's threads with it, which abort the interpreter where they outlive it.
+        importlib.import_module("torch.distributed.nn.functional")
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if config.fsdp_cpu_offload else "nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=config.collective_timeout))
     return place
@@ -155,11 +160,16 @@ def check_world(config, place):
 def joined(place):
     """Leave the other ranks at the end.
 
-    After an error the connections end with the process: closing them in order would wait for ranks that wait for us.
+    After an error NCCL's connections end with the process: closing them in order would wait for ranks that wait for us.
     """
-    yield
-    if place.world_size > 1:
-        dist.destroy_process_group()
+    is_orderly = place.device.type != "cuda"
+    try:
+        yield
+        is_orderly = True
+    finally:
+        if place.world_size > 1 and is_orderly:
+            gc.collect()  # wrapped models hold the group, and a group that is held keeps its threads
+            dist.destroy_process_group()
 
 
 def check_agreement(settings, place):

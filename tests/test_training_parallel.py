@@ -3,6 +3,7 @@
 # ruff: noqa: F401, F811 - book and workshop are fixtures
 
 import math
+import sys
 
 import pytest
 import torch
@@ -132,6 +133,12 @@ def test_accumulation_that_does_not_divide_among_ranks_is_refused(ranks):
     )
     assert text.count("left with 2") == 2 and text.count("error on rank 1: gradient_accumulation_steps=3 does") == 1
     assert not (shop.runs / "uneven").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
+def test_no_thread_outlives_the_group(ranks):
+    """One that did took the interpreter's lock while it shut down, and the process ended with SIGABRT."""
+    assert ranks[1].count("threads of gloo left: 0\n") == 2
 
 
 def test_a_resumed_job_of_two_ranks_is_exact_with_dropout(ranks):
