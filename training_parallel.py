@@ -608,7 +608,7 @@ def _shards(tensor):
     if not hasattr(tensor, "placements"):
         return 1
     along = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in along if placement.is_shard())
+    return math.prod(size for size, placement in along if not placement.is_replicate())
 
 
 # ---- agreement over ranks --------------------------------------------------------------------------------------------
