@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import training_mesh
 from model_builder import ConfigurableGPT, on_meta
-from user_errors import UserError
+from user_errors import SECONDS_FOR_RANK_0, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -166,10 +166,26 @@ def joined(place):
     try:
         yield
         is_orderly = True
+    except UserError as error:
+        if place.world_size > 1:
+            error.said_by_rank_0 = _said_by_rank_0(str(error), place)
+        raise
     finally:
         if place.world_size > 1 and is_orderly:
             gc.collect()  # wrapped models hold the group, and a group that is held keeps its threads
             dist.destroy_process_group()
+
+
+def _said_by_rank_0(sentence, place):
+    """Whether rank 0 has found the same wrong: it leaves word in torchrun's store, where the others look for a while."""
+    key = "said/" + hashlib.sha256(sentence.encode()).hexdigest()
+    patience = datetime.timedelta(seconds=SECONDS_FOR_RANK_0)
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, patience)
+        store.set(key, "") if place.is_main else store.wait([key], patience)
+    except RuntimeError:  # nobody said it, or there is no store any more
+        return False
+    return not place.is_main
 
 
 def check_agreement(settings, place):
@@ -473,12 +489,16 @@ def memory_errors():
     except (torch.OutOfMemoryError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         if dist.is_initialized() and any(words in str(error).lower() for words in LOST):
-            raise UserError(f"another rank stopped, and says why itself ({lines[0].strip()[:200]})") from error
+            lost = UserError(f"another rank stopped, and says why itself ({lines[0].strip()[:200]})")
+            lost.said_by_rank_0 = False
+            raise lost from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise UserError(
+        short = UserError(
             "out of memory; lower batch_size and raise gradient_accumulation_steps by as much, or take a smaller model"
-        ) from error
+        )
+        short.said_by_rank_0 = False  # the others may have had enough
+        raise short from error
 
 
 # ---- whole tensors of sharded ones -----------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import time
 class UserError(Exception):
     """Something the user can mend: the message is one sentence saying what is wrong and what to do."""
 
+    said_by_rank_0 = None  # of several processes: True, False, or None where they have not asked one another
+
 
 def nearest(name, candidates):
     """The candidate closest in spelling to `name`, or None when nothing is close."""
@@ -38,16 +40,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{hint or '; see --help'}")
 
 
-SECONDS_FOR_RANK_0 = 4
+SECONDS_FOR_RANK_0 = 10
 
 
-def _whose():
-    """Nothing, or ' on rank 3': what all ranks of a job find wrong rank 0 says, and torchrun ends the others then."""
+def _say(error):
+    """Print the sentence, on one rank where all of a job have found the same."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        return ""
-    time.sleep(SECONDS_FOR_RANK_0)
-    return f" on rank {rank}"
+    if rank != "0" and error.said_by_rank_0 is None:
+        time.sleep(SECONDS_FOR_RANK_0)  # torchrun ends this process when rank 0 has said it
+    if not error.said_by_rank_0:
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
 
 
 def exit_on_user_error(main):
@@ -61,7 +63,7 @@ def exit_on_user_error(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error{_whose()}: {error}", file=sys.stderr, flush=True)
+            _say(error)
             sys.exit(2)
         except BrokenPipeError:  # `... | head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

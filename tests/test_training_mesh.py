@@ -193,9 +193,14 @@ def test_weights_are_kept_where_the_policy_says(two, workshop, monkeypatch):
 
 @pytest.mark.parametrize("settings", REFUSED)
 def test_what_ranks_cannot_share_is_refused_on_each(two, settings):
-    for who in ("error", "error on rank 1"):
-        lines = [line for line in two.text.splitlines() if line.startswith(f"{who}: ")]
-        assert sum(line.endswith(REFUSED[settings]) for line in lines) == 1, lines
+    lines = [line for line in two.text.splitlines() if line.startswith("error: ")]
+    assert sum(line.endswith(REFUSED[settings]) for line in lines) == 1, lines
+
+
+def test_all_ranks_leave_and_rank_0_speaks_for_them(two):
+    assert two.text.count("left with 2\n") == 2 * len(REFUSED)
+    others = [line for line in two.text.splitlines() if line.startswith("error on rank 1: ")]
+    assert len(others) == sum("process" in REFUSED[settings] or "float16" in settings for settings in REFUSED)
 
 
 def test_a_failing_rank_ends_the_job_with_its_own_traceback(book, tmp_path):

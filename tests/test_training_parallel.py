@@ -131,7 +131,7 @@ def test_accumulation_that_does_not_divide_among_ranks_is_refused(ranks):
         "error: gradient_accumulation_steps=3 does not divide among 2 ranks (batch_size=4); make it a multiple of 2\n"
         in text
     )
-    assert text.count("left with 2") == 2 and text.count("error on rank 1: gradient_accumulation_steps=3 does") == 1
+    assert text.count("left with 2") == 2 and "error on rank 1: " not in text
     assert not (shop.runs / "uneven").exists()
 
 

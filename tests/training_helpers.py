@@ -204,7 +204,7 @@ join, part = dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda *where, **how: None if dist.is_initialized() else join(*where, **how)
 dist.destroy_process_group = lambda: None
 train.hardware_peak = lambda device, precision: HardwarePeak(1e11, "a number")
-user_errors.SECONDS_FOR_RANK_0 = 0  # nobody is ended here
+user_errors.SECONDS_FOR_RANK_0 = 0  # torchrun ends nobody here, whom it would where they wait to join
 for command in json.load(open(sys.argv[1])):
     try:
         train.main([argument.replace("{rank}", os.environ["RANK"]) for argument in command])
