@@ -177,7 +177,7 @@ def joined(place):
 
 
 def _said_by_rank_0(sentence, place):
-    """Whether rank 0 has found the same wrong: it leaves word in torchrun's store, where the others look for a while."""
+    """Whether rank 0 found the same wrong: it leaves word in torchrun's store, where the others look for a while."""
     key = "said/" + hashlib.sha256(sentence.encode()).hexdigest()
     patience = datetime.timedelta(seconds=SECONDS_FOR_RANK_0)
     try:
