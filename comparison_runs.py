@@ -36,8 +36,8 @@ BOOKKEEPING = {
     "eval_only", "sample_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "layer_stats_interval",
     "tensorboard", "wandb_log", "wandb_project", "wandb_run_name", "plot", "pseudo_perplexity_tokens",
     "pseudo_perplexity_always", "tuning_runs", "tuning_tokens", "use_fsdp", "use_zero1", "fsdp_reshard_after_forward",
-    "gradient_checkpointing", "dry_run", "target_gpu", "target_n_gpu", "target_mfu",
-    "auto_resume", "checkpoint_format",
+    "fsdp_replicas", "fsdp_cpu_offload", "tensor_parallel", "expert_parallel", "collective_timeout",
+    "gradient_checkpointing", "dry_run", "target_gpu", "target_n_gpu", "target_mfu", "auto_resume", "checkpoint_format",
 }  # fmt: skip
 # Settings that the audit compares as what they resolve to: 'auto' and 'cpu' may be the same device.
 RESOLVED = {

@@ -37,6 +37,9 @@ class Mixer(nn.Module):
     bidirectional = False  # can run with causal=False
     needed_options = ()  # options that are a mistake when no layer reads them, not merely idle
     positions = ("none", "learned_absolute")  # position encodings that it can honour
+    split_columns: ClassVar = {}  # what several ranks may share, and with `check_split` how: see `training_mesh`
+    split_rows = ()
+    split_shared = ()
     forms: ClassVar = {}  # {'chunk': function, 'recurrent': function}: its recurrence, fast and as the equation
     operation = None  # what 'chunk' computes, by the name that kernels/ knows it by
 
@@ -182,6 +185,9 @@ class Attention(Mixer):
     """Multi-head softmax attention, with fewer key-value heads where asked (GQA, Ainslie et al. 2023)."""
 
     residual_out = ("out.weight",)
+    split_columns: ClassVar = {"qkv": "split_sizes"}
+    split_rows = ("out",)
+    split_shared = ("query_norm", "key_norm")
     bidirectional = True
     operation = "attention"
     needed_options = ("sliding_window",)
@@ -229,12 +235,11 @@ class Attention(Mixer):
     def project(self, x, positions):
         """x (B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D), normalised and turned to their positions."""
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).split(self.split_sizes, dim=-1)
+        qkv = self.qkv(x)  # all heads, or on one of several ranks some: what counts is what is here
+        q, k, v = qkv.split([size * qkv.size(-1) // sum(self.split_sizes) for size in self.split_sizes], dim=-1)
         if self.query_norm is not None and not self.norms_heads:
             q, k = self.query_norm(q), self.key_norm(k)
-        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)
-        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q, k, v = (heads.view(B, T, -1, self.head_dim).transpose(1, 2) for heads in (q, k, v))
         if self.query_norm is not None and self.norms_heads:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.position_encoding is not None:
@@ -265,6 +270,15 @@ class Attention(Mixer):
 
     def _dropout(self):
         return self.dropout if self.training else 0.0
+
+    def check_split(self, n):
+        """Refuse `tensor_parallel=n` where the ranks would not have whole heads, or heads would need one another."""
+        for name, heads in (("n_head", self.n_head), ("n_kv_head", self.n_kv_head)):
+            if heads % n:
+                raise UserError(f"tensor_parallel={n} does not divide {name}={heads}; change one of them")
+        across = None if self.query_norm is None or self.norms_heads else "qk_norm_scope='projection'"
+        if across := f"position_encoding='{self.position_name}'" if self._has_bias else across:
+            raise UserError(f"tensor_parallel={n} cannot split attention with {across}; use tensor_parallel=1")
 
     def check_device(self, device):
         if self.backend is FlexBackend and device.type != "cuda":

@@ -15,6 +15,7 @@ Weights of nn.Linear and nn.Embedding and the gains of norms need no declaration
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -310,6 +311,8 @@ class FFN(nn.Module):
 
     looks_back = False
     residual_out = ("down.weight",)
+    split_columns: ClassVar = {}  # what several ranks may share: see `training_mesh`
+    split_rows = ()
     # True where a token's neighbours decide how many rows are multiplied together, which may round its own differently
     shapes_depend_on_data = False
     mixes_tokens = False  # True where the other tokens of a sequence change what one gets
@@ -332,10 +335,21 @@ class FFN(nn.Module):
         """What the startup report says after the name."""
         return f"hidden {self.hidden}"
 
+    def check_split(self, n):
+        """Refuse `tensor_parallel=n` where the hidden units do not divide."""
+        if self.hidden % n:
+            raise UserError(
+                f"tensor_parallel={n} does not divide the FFN's {self.hidden} hidden units; set ffn_hidden to a "
+                f"multiple of {n}"
+            )
+
 
 @FFN_REGISTRY("standard")
 class StandardFFN(FFN):
     """down(activation(up(x))) (Vaswani et al. 2017, eq. 2), hidden width 4 n_embd."""
+
+    split_columns: ClassVar = {"up": None}
+    split_rows = ("down",)
 
     def __init__(self, config, layer_index):
         super().__init__(config, layer_index)
@@ -349,6 +363,9 @@ class StandardFFN(FFN):
 
 class GatedFFN(FFN):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020, eq. 6); at 8/3 n_embd it has the weights of a 4x FFN."""
+
+    split_columns: ClassVar = {"gate": None, "up": None}
+    split_rows = ("down",)
 
     class Options(FFN.Options):
         ffn_multiplier: float = 8 / 3  # hidden width over n_embd; 8/3 of three matrices equals 4 of two

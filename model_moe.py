@@ -4,7 +4,7 @@
 
 A router scores the experts for each token, the best `experts_per_token` are computed, and their outputs are added with
 the router's weights (Shazeer et al. 2017; Fedus et al. 2021, Switch; Jiang et al. 2024, Mixtral; DeepSeek-AI 2024,
-DeepSeek-V3). `Experts.forward` is the plain path; `kernels/grouped.py` has the fast ones.
+DeepSeek-V3). `Experts.combine` is the plain path; `kernels/grouped.py` has the fast ones.
 """
 
 import math
@@ -29,6 +29,7 @@ class Experts(nn.Module):
 
     linear_weights = ("up", "down")
     residual_out = ("down",)
+    split_experts = ("up", "down")
 
     def __init__(self, n, width, hidden, is_gated, activation, active_fraction):
         super().__init__()
@@ -45,12 +46,21 @@ class Experts(nn.Module):
 
     def forward(self, x, chosen, weights):
         """x (N, C), chosen (N, k) int64, weights (N, k) -> (N, C): the weighted sum of each token's k experts."""
+        return self.combine(x, chosen, weights, self.up, self.down)
+
+    def combine(self, x, chosen, weights, ups, downs):
+        """`forward` with the weights of these experts, which may be some of all: `chosen` numbers them from 0."""
         y = torch.zeros_like(x)
-        for expert, (up, down) in enumerate(zip(self.up.unbind(0), self.down.unbind(0), strict=True)):
+        for expert, (up, down) in enumerate(zip(ups.unbind(0), downs.unbind(0), strict=True)):
             token, choice = torch.where(chosen == expert)
             h = F.linear(self.activate(F.linear(x[token], up)), down)
             y = y.index_add(0, token, (h * weights[token, choice, None]).to(y.dtype))
         return y
+
+    def check_split(self, n):
+        """Refuse `expert_parallel=n` where the ranks would not have equally many."""
+        if self.up.size(0) % n:
+            raise UserError(f"expert_parallel={n} does not divide n_experts={self.up.size(0)}; change one of them")
 
     def extra_repr(self):
         return f"{self.up.size(0)} experts, {self.down.size(1)} -> {self.down.size(2)}"

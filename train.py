@@ -59,11 +59,12 @@ def train(arguments, closing):
         return print(plan_ahead.dry_run(settings))
     is_resumed = config.init_from == "resume"
     place = parallel.find_place(config)
-    closing.callback(parallel.leave_place, place)
+    closing.enter_context(parallel.joined(place))
+    parallel.check_agreement(settings, place)
     torch.manual_seed(config.seed)  # for what a part may draw by itself: weights and data have seeds of their own
 
     # ---- data: the same tokens in the same order for every architecture ----------------------------------------------
-    check_split(config.sequences_per_step, config.batch_size, place.world_size)
+    check_split(config.sequences_per_step, config.batch_size, place.data_size)
     dataset = load_dataset(config, may_prepare=place.local_rank == 0, quiet=not place.is_main)
     OBJECTIVE_REGISTRY[config.objective].check_dataset(dataset)
     extra_tokens = OBJECTIVE_REGISTRY[config.objective].extra_tokens(config)
@@ -113,16 +114,18 @@ def train(arguments, closing):
         folder = parallel.from_main(lambda: logging.new_run_folder(settings, dataset.name), place)
     is_begun = folder.exists()
 
-    # ---- recompute, compile, distribute ------------------------------------------------------------------------------
+    # ---- split, recompute, compile, shard ----------------------------------------------------------------------------
+    parallel.split_weights(model, place)
     parallel.checkpoint_activations(model, config)
     module, compiled = objective, "off"
     if parallel.wants_compile(config, place):
         example = objective.prepare(stream.batches(0, 0, 1, config.batch_size)[0], config.seed)
-        module, compiled = parallel.compile_module(objective, example, place, parallel.is_sharded(config, place))
+        module, compiled = parallel.compile_module(objective, example, place, parallel.is_split(config, place))
     module = parallel.wrap(objective, module, place, config)
     optimizers = parallel.distributed_optimizers(optimizers, model, place, config)
     if is_resumed:
         checkpoint.restore(model, optimizers, saved, saved_at)
+    parallel.wait_for_all(place)  # all have read the run folder: from here on rank 0 writes to it
 
     # ---- say what is about to happen ---------------------------------------------------------------------------------
     peak = hardware_peak(place.device, place.precision)
@@ -196,7 +199,7 @@ def train(arguments, closing):
         to_evaluate = checkpoint.evaluation_steps(total_steps, config.eval_interval)
     to_save = {*due, *checkpoint.checkpoint_steps(total_steps, config.save_interval)}
     parameters = list(model.parameters())
-    torch.manual_seed(config.seed + place.rank)  # for dropout: the same masks whatever was drawn until here
+    torch.manual_seed(config.seed + place.data_rank)  # for dropout: the same masks whatever was drawn until here
     if is_resumed:
         if place.rank < len(saved["random_states"]):
             checkpoint.restore_random_state(saved["random_states"][place.rank], place.device)
@@ -204,7 +207,7 @@ def train(arguments, closing):
         if ledger.step in to_evaluate and not ledger.evaluated_at(ledger.step):
             evaluate()  # the run stopped between saving and evaluating
     loader = closing.enter_context(Prefetcher(
-        stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches, place.rank, place.world_size,
+        stream, ledger.step, total_steps, config.batch_size, config.prefetch_batches, place.data_rank, place.data_size,
         place.device, prepare=lambda batch: objective.prepare(batch, config.seed),
     ))  # fmt: skip
     in_a_row, t_loop, first_step = 0, time.perf_counter(), ledger.step
@@ -223,7 +226,7 @@ def train(arguments, closing):
             with parallel.gradient_sync(module, is_last=index + 1 == len(micro_batches)):
                 with place.autocast():
                     sums = module(batch)
-                scaler.scale(sums["loss"] * (place.world_size / n_tokens)).backward()  # DDP takes the mean over ranks
+                scaler.scale(sums["loss"] * (place.data_size / n_tokens)).backward()  # DDP takes the mean over ranks
             nats, counts = nats + sums["nats"], added(counts, sums.get("counts", {}))
         loss = parallel.sum_over_ranks(nats, place) / n_tokens
         counts = parallel.sums_over_ranks(counts, place)
@@ -300,8 +303,7 @@ def train(arguments, closing):
         return log.say(f"stopped by {who} at step {ledger.step}; continue with {how}")
     ledger.status = "finished"
     if config.sample_tokens:
-        parallel.gather_weights(objective)
-        log.sample(model, dataset, config.sample_tokens, config.seed)
+        log.sample(parallel.whole_model(model, place, config), dataset, config.sample_tokens, config.seed)
 
 
 if __name__ == "__main__":

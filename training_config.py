@@ -92,6 +92,11 @@ class TrainConfig:
     use_fsdp: bool = False  # FSDP2: weights, gradients and optimizer are sharded, and gathered a block at a time
     fsdp_reshard_after_forward: bool = True  # free a block's weights until its backward; False gathers them once
     fsdp_dtype: str = "float32"  # of gathered weights; bfloat16 halves the traffic and rounds norms and gates too
+    fsdp_replicas: int = 1  # groups of ranks that each shard a whole model (HSDP), such as one per node
+    fsdp_cpu_offload: bool = False  # keep weights, gradients and optimizer in the CPU's memory between their uses
+    tensor_parallel: int = 1  # ranks that share the heads and hidden units of each layer, and read the same data
+    expert_parallel: int = 1  # with use_fsdp: ranks that share the experts of each moe layer; tokens go to them
+    collective_timeout: int = 600  # seconds that a rank waits for the others before it gives up
 
     # -- evaluation
     eval_interval: int = 250  # steps between evaluations; a few more come early, at halvings of this
@@ -267,7 +272,8 @@ def validate(config):
         "batch_size": 1, "gradient_accumulation_steps": 1, "eval_interval": 1, "log_interval": 1,
         "eval_iters": 0, "keep_checkpoints": 0, "prefetch_batches": 0, "warmup_iters": 0, "sample_tokens": 0,
         "layer_stats_interval": 0, "max_non_finite_steps": 1, "threads": 0, "loss_chunk_elements": 1, "seed": 0,
-        "min_checkpoints_per_epoch": 1, "target_n_gpu": 1,
+        "min_checkpoints_per_epoch": 1, "target_n_gpu": 1, "fsdp_replicas": 1, "tensor_parallel": 1,
+        "expert_parallel": 1, "collective_timeout": 1,
         "weight_decay": 0, "grad_clip": 0, "z_loss": 0,
     }  # fmt: skip
     for name, least in at_least.items():
@@ -325,6 +331,14 @@ def validate(config):
             raise UserError(f"{name}={value!r} must be one of {', '.join(words)}{did_you_mean(value, words)}")
     if config.use_fsdp and config.use_zero1:
         raise UserError("use_fsdp=True shards the optimizer's state already, as use_zero1=True would; keep one of them")
+    for name in ("fsdp_replicas", "fsdp_cpu_offload", "expert_parallel"):
+        if getattr(config, name) > 1 - (name == "fsdp_cpu_offload") and not config.use_fsdp:
+            raise UserError(f"{name}={getattr(config, name)} is a way to shard; set use_fsdp=True beside it")
+    if config.tensor_parallel > 1 and config.use_zero1:
+        raise UserError(
+            f"tensor_parallel={config.tensor_parallel} does not go with use_zero1=True, which needs whole weights; "
+            "set use_fsdp=True in its place"
+        )
     _check_match(config)
     _check_schedule(config)
     if config.run_name is not None and (not config.run_name.strip(" .") or set(config.run_name) & set('/\\:*?"<>|')):

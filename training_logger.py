@@ -24,7 +24,7 @@ from model_builder import NotFiniteError
 from model_flops import active_parameters, mfu, parameters_by_group, state_bytes
 from training_checkpoint import write_atomically, write_json
 from training_ledger import own_scores
-from training_parallel import peak_memory_bytes, whole
+from training_parallel import peak_memory_bytes, squared_norms
 from training_report import human_count, human_seconds, printable
 from training_tokenizers import TOKENIZER_FILE
 from user_errors import UserError
@@ -434,12 +434,13 @@ def layer_stats(model):
 
 
 def _norms_by_layer(named_tensors):
+    names, tensors = zip(*named_tensors, strict=True)
     squares = {}
-    for name, tensor in named_tensors:
+    for name, square in zip(names, squared_norms([tensor.detach() for tensor in tensors]).tolist(), strict=True):
         words = name.split(".")
         layer = ".".join(words[:3] if words[0] == "blocks" else words[:1])
-        squares[layer] = squares.get(layer, 0.0) + whole(tensor.detach().float().square().sum())
-    return dict(zip(squares, torch.stack(list(squares.values())).sqrt().tolist(), strict=True))
+        squares[layer] = squares.get(layer, 0.0) + square
+    return {layer: math.sqrt(square) for layer, square in squares.items()}
 
 
 def config_record(settings, run_name, model, flops, dataset, validation, resolved, arguments):

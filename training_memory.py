@@ -20,11 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import cpu_norm, grouped
 from model_builder import ConfigurableGPT, parameter_plan
+from training_mesh import split_share
 from training_objectives import OBJECTIVE_REGISTRY
 from training_optim import OPTIMIZER_REGISTRY
 from training_parallel import DTYPES, bytes_held, checkpoint_activations, mode
 
 NOT_COUNTED = "the allocator's rounding and fragments, kernels' workspaces, the device's context"
+WHOLE = {"weights": 1.0, "gradients": 1.0, "optimizer": 1.0}
 MAX_OPERATORS = 100_000  # a loop over tokens has more, and would take longer to count than to run
 
 
@@ -106,11 +108,11 @@ def step_memory(settings, place):
         NotImplementedError, RuntimeError: a part whose shapes depend on the data, or an operator without a shape rule.
     """
     config = settings.train
-    shares = bytes_held({"weights": 1.0, "gradients": 1.0, "optimizer": 1.0}, place, config)
-    n_micro_batches = min(2, max(1, config.gradient_accumulation_steps // place.world_size))
+    n_micro_batches = min(2, max(1, config.gradient_accumulation_steps // place.data_size))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         objective = bare_objective(settings, place)
+    shares = bytes_held(WHOLE, place, config, split_share(objective.model))
     batch = example_batch(objective, settings)
     with fake:
         weights = bytes_of([*objective.parameters(), *objective.buffers()])

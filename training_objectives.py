@@ -274,7 +274,7 @@ class MaskedLM(Objective):
         n = self.options.pseudo_perplexity_tokens
         if n == 0 or not (is_final or self.options.pseudo_perplexity_always):
             return {}
-        batches = self.one_at_a_time(validation, n, batch_size, place.rank, place.world_size)
+        batches = self.one_at_a_time(validation, n, batch_size, place.data_rank, place.data_size)
         sums = summed(self, batches, validation, place)
         nats = sums["nats"] / sums["tokens"]
         return {"pseudo_nats": nats, "pseudo_perplexity": perplexity(nats)}
@@ -453,7 +453,7 @@ def validation_scores(objective, validation, batch_size, place, is_final=False):
 
     Loss is in nats per supervised token. `is_final` asks for the scores of a run's end too.
     """
-    batches = validation.batches(batch_size, place.rank, place.world_size)
+    batches = validation.batches(batch_size, place.data_rank, place.data_size)
     sums = summed(objective, (objective.prepare(batch, "validation") for batch in batches), validation, place)
     return objective.scores(sums) | objective.more_scores(validation, batch_size, place, is_final)
 

@@ -9,7 +9,7 @@ import math
 import torch
 
 from registry import Registry
-from training_parallel import whole
+from training_parallel import laid_out_as, squared_norms, whole
 from user_errors import UserError
 
 OPTIMIZER_REGISTRY = Registry("optimizer", of="train")
@@ -49,11 +49,37 @@ class MuonWithAdamW:
             raise UserError(f"muon_learning_rate={learning_rate} must be above 0, or None for learning_rate")
         if not 0 <= o.muon_momentum < 1:
             raise UserError(f"muon_momentum={o.muon_momentum} must lie in [0, 1)")
-        muon = torch.optim.Muon(
+        muon = Muon(
             _groups(matrices, parameters, config, learning_rate), lr=learning_rate, momentum=o.muon_momentum,
             adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip
         return [muon, _adamw([spec for spec in plan if not spec.is_matrix], parameters, config, device)]
+
+
+class Muon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):
+    """torch's own, which orthogonalises whole matrices: those that are sharded are gathered for it, one at a time.
+
+    Every rank then computes the same update and keeps its part of it. torch's works on the shards too, a product of its
+    iteration at a time, each with its exchange.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not any(hasattr(parameter, "full_tensor") for group in self.param_groups for parameter in group["params"]):
+            return super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_whole(parameter, {name: group[name] for name in self.defaults})
+
+    def _step_whole(self, parameter, settings):
+        matrix = torch.nn.Parameter(whole(parameter).clone())
+        matrix.grad = whole(parameter.grad)
+        alone = torch.optim.Muon([matrix], **settings)
+        alone.state[matrix] = {name: whole(value) for name, value in self.state[parameter].items()}
+        alone.step()
+        parameter.copy_(laid_out_as(parameter, matrix.detach()))
+        self.state[parameter] = {name: laid_out_as(parameter, value) for name, value in alone.state[matrix].items()}
 
 
 def _adamw(plan, parameters, config, device):
@@ -165,9 +191,15 @@ def build_schedule(config, total_steps):
 
 def clip_gradients(parameters, max_norm):
     """Scale gradients so that their global norm is at most max_norm (0: leave them), and return the norm before."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    by_mesh = {}  # one call takes the gradients of one mesh, or those that are whole
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    gradients = [parameter.grad for group in by_mesh.values() for parameter in group]
+    is_whole = by_mesh.keys() == {None}
+    norm = torch.nn.utils.get_total_norm(gradients) if is_whole else squared_norms(gradients).sum().sqrt()
     # On a CPU looking at the norm is free and a pass over all gradients is not; a GPU would have to be waited for.
     if max_norm and not (norm.device.type == "cpu" and norm <= max_norm):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for group in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm

@@ -1,21 +1,30 @@
 """Where a run happens: ranks, device, precision, and how a finished model is wrapped for it.
 
 Model files know nothing of this one. Launched by `torchrun` a run is distributed; otherwise it is alone, and every
-function here does the obvious thing.
+function here does the obvious thing. How one layer is split over ranks is in `training_mesh`.
 """
 
 import contextlib
+import datetime
 import functools
+import gc
+import hashlib
+import importlib
 import inspect
+import json
+import math
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from user_errors import UserError
+import training_mesh
+from model_builder import ConfigurableGPT, on_meta
+from user_errors import SECONDS_FOR_RANK_0, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,11 +39,37 @@ class Place:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    replicas: int = 1  # groups of ranks that each hold the whole sharded model
+    tensor_parallel: int = 1  # ranks that share the heads and hidden units of a layer, and read the same data
+    expert_parallel: int = 1  # ranks that share the experts of a layer, each with data of its own
 
     @property
     def is_main(self):
         """The one process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def data_rank(self):
+        """Which share of the data this process reads: neighbours, who are close, share heads."""
+        return self.rank // self.tensor_parallel
+
+    @property
+    def data_size(self):
+        """Into how many shares the data is divided."""
+        return self.world_size // self.tensor_parallel
+
+    @functools.cached_property
+    def mesh(self):
+        """The ranks as (replicate, shard, tensor), without replicas or tensor where those are 1."""
+        shards = self.data_size // self.replicas
+        return _device_mesh(self.device, {"replicate": self.replicas, "tensor": self.tensor_parallel}, shard=shards)
+
+    @functools.cached_property
+    def expert_mesh(self):
+        """The ranks as (replicate, shard, expert, tensor): here `shard` divides the weights of an expert."""
+        shards = self.data_size // self.replicas // self.expert_parallel
+        sizes = {"replicate": self.replicas, "expert": self.expert_parallel, "tensor": self.tensor_parallel}
+        return _device_mesh(self.device, sizes, shard=shards)
 
     @property
     def precision(self):
@@ -53,11 +88,17 @@ class Place:
         return _processor_name()
 
 
+def _device_mesh(device, sizes, shard):
+    sizes = {"replicate": sizes["replicate"], "shard": shard, **sizes}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return dist.device_mesh.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
 def find_place(config):
     """Choose device and precision for this process, and join the others when torchrun launched it.
 
     Raises:
-        UserError: a device that is not there.
+        UserError: a device that is not there, or a number of processes that the settings cannot share out.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -71,10 +112,20 @@ def find_place(config):
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     if device.type == "cpu":
         keep_freed_memory()
-    if distributed:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_own_store(rank, world_size))
     tf32 = config.tf32 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return Place(device, _dtype(config.dtype, device), tf32, rank, local_rank, world_size)
+    place = Place(
+        device, _dtype(config.dtype, device), tf32, rank, local_rank, world_size,
+        config.fsdp_replicas, config.tensor_parallel, config.expert_parallel,
+    )  # fmt: skip
+    check_world(config, place)
+    if distributed:
+        # DDP and FSDP2 import this later, when its functions would keep the group as a default argument: for ever, and
+        # gloo's threads with it, which abort the interpreter where they outlive it.
+        importlib.import_module("torch.distributed.nn.functional")
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if config.fsdp_cpu_offload else "nccl"
+        patience = datetime.timedelta(seconds=config.collective_timeout)
+        dist.init_process_group(backend, timeout=patience, **_own_store(rank, world_size))
+    return place
 
 
 def _own_store(rank, world_size):
@@ -99,9 +150,107 @@ def _own_store(rank, world_size):
     return {"store": attempt, "rank": rank, "world_size": world_size}
 
 
-def leave_place(place):
+def check_world(config, place):
+    """Refuse a number of processes that the settings cannot share out, before any of them waits for another.
+
+    Raises:
+        UserError: in a sentence naming the setting.
+    """
+    n, tensor, expert, replicas = place.world_size, place.tensor_parallel, place.expert_parallel, place.replicas
+    processes = f"{n} process{'es' if n > 1 else ''}"
+    if n % tensor:
+        raise UserError(f"tensor_parallel={tensor} does not divide {processes}; start a multiple of it, or lower it")
+    if tensor > 1 and n > tensor and not config.use_fsdp:
+        raise UserError(
+            f"tensor_parallel={tensor} of {processes} leaves {n // tensor} groups with data of their own; "
+            "set use_fsdp=True, which shards over them"
+        )
+    shards = f"{processes}" + (f" with tensor_parallel={tensor}" if tensor > 1 else "")
+    if place.data_size % replicas:
+        raise UserError(f"fsdp_replicas={replicas} does not divide {shards}; change one of them")
+    if place.data_size // replicas % expert:
+        shards += f" with fsdp_replicas={replicas}" if replicas > 1 else ""
+        raise UserError(f"expert_parallel={expert} does not divide {shards}; change one of them")
+    if place.dtype == "float16" and tensor * expert > 1:
+        name = "tensor_parallel" if tensor > 1 else "expert_parallel"
+        raise UserError(
+            f"dtype=float16 needs its gradients scaled, which {name}={max(tensor, expert)} does not do; "
+            "use dtype=bfloat16 or float32"
+        )
+
+
+@contextlib.contextmanager
+def joined(place):
+    """Leave the other ranks at the end.
+
+    After an error NCCL's connections end with the process: closing them in order would wait for ranks that wait for us.
+    """
+    is_orderly = place.device.type != "cuda"
+    try:
+        yield
+        is_orderly = True
+    except UserError as error:
+        if place.world_size > 1:
+            error.said_by_rank_0 = _said_by_rank_0(str(error), place)
+        raise
+    finally:
+        if place.world_size > 1 and is_orderly:
+            gc.collect()  # wrapped models hold the group, and a group that is held keeps its threads
+            dist.destroy_process_group()
+
+
+def _said_by_rank_0(sentence, place):
+    """Whether rank 0 found the same wrong: it leaves word in torchrun's store, where the others look for a while."""
+    key = "said/" + hashlib.sha256(sentence.encode()).hexdigest()
+    patience = datetime.timedelta(seconds=SECONDS_FOR_RANK_0)
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, patience)
+        store.set(key, "") if place.is_main else store.wait([key], patience)
+    except RuntimeError:  # nobody said it, or there is no store any more
+        return False
+    return not place.is_main
+
+
+def check_agreement(settings, place):
+    """Refuse ranks that run other code or other settings than rank 0, and a model that they cannot share.
+
+    Raises:
+        UserError: on every rank, the same sentence.
+    """
     if place.world_size > 1:
-        dist.destroy_process_group()
+        described = {"code": code_hash(), "torch": str(torch.__version__), **_flat(settings)}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+        if len(set(gather(digest, place))) > 1:
+            raise UserError(difference(gather(described, place)))
+    if place.tensor_parallel * place.expert_parallel > 1:
+        with on_meta():
+            training_mesh.check_model(ConfigurableGPT(settings.model), place)
+
+
+def _flat(settings):
+    """Every setting that ranks must share: a machine may have its own folders and threads."""
+    own = {"device", "threads", "data_dir", "input"}
+    flat = settings.model.to_dict() | settings.train.to_dict()
+    return {name: value for name, value in flat.items() if name not in own}
+
+
+def code_hash():
+    """Of every Python file beside this one and in kernels/."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *here.glob("kernels/*.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def difference(described):
+    """The sentence for [what rank 0 runs, what rank 1 runs, ...], of which not all are equal."""
+    rank = next(rank for rank, other in enumerate(described) if other != described[0])
+    first, other = described[0], described[rank]
+    name = next(name for name in {**first, **other} if first.get(name) != other.get(name))
+    return (
+        f"rank {rank} runs with {name}={other.get(name)!r} and rank 0 with {name}={first.get(name)!r}; "
+        "start every rank from the same files with the same settings"
+    )
 
 
 def _device(wanted, local_rank):
@@ -162,15 +311,23 @@ def _processor_name():
 
 
 def mode(config, place):
-    """How the ranks share a step: 'alone', 'DDP', 'ZeRO-1' or 'FSDP2'."""
+    """How the ranks share a step: 'alone', 'DDP', 'ZeRO-1', 'FSDP2', 'HSDP 2', 'FSDP2, TP 2', 'FSDP2, EP 4', 'TP 2'."""
     if place.world_size == 1:
         return "alone"
-    return "FSDP2" if config.use_fsdp else "ZeRO-1" if config.use_zero1 else "DDP"
+    data = f"HSDP {place.replicas}" if place.replicas > 1 else "FSDP2" if is_sharded(config, place) else "DDP"
+    words = ["ZeRO-1" if config.use_zero1 else data] if place.data_size > 1 or config.use_fsdp else []
+    splits = {"TP": place.tensor_parallel, "EP": place.expert_parallel}
+    return ", ".join([*words, *(f"{name} {n}" for name, n in splits.items() if n > 1)])
 
 
 def is_sharded(config, place):
-    """Whether a model's weights are spread over the ranks."""
-    return mode(config, place) == "FSDP2"
+    """Whether a model's weights are spread over the ranks that have data of their own."""
+    return place.world_size > 1 and config.use_fsdp
+
+
+def is_split(config, place):
+    """Whether no rank has the model's weights whole."""
+    return is_sharded(config, place) or place.tensor_parallel > 1
 
 
 def wrap(objective, module, place, config):
@@ -181,7 +338,7 @@ def wrap(objective, module, place, config):
     Args:
         objective: over a whole model on this rank's device. module: it, or it compiled.
     """
-    if place.world_size == 1:
+    if place.world_size == 1 or (place.data_size == 1 and not config.use_fsdp):
         return module
     if is_sharded(config, place):
         return _shard(objective, place, config)
@@ -193,28 +350,53 @@ def _shard(objective, place, config):
     """FSDP2 (Zhao et al. 2023, in torch's second form): every block a unit, and one of all that is outside blocks.
 
     Weights are gathered in float32 and autocast decides the precision of products, as in every other mode, unless
-    fsdp_dtype says otherwise. Gradients are averaged in float32.
+    fsdp_dtype says otherwise. Gradients are averaged in float32. Over a mesh of two dimensions torch copies the shards
+    along the first (HSDP: gathers stay within a group, gradients are averaged over groups).
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    mesh = dist.device_mesh.init_device_mesh(place.device.type, (place.world_size,))
-    precision = MixedPrecisionPolicy(param_dtype=DTYPES[config.fsdp_dtype], reduce_dtype=torch.float32)
+    over = ("replicate", "shard") if place.replicas > 1 else "shard"
+    settings = {
+        "mesh": place.mesh[over],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[config.fsdp_dtype], reduce_dtype=torch.float32),
+        "offload_policy": OffloadPolicy(),
+    }
+    if config.fsdp_cpu_offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=place.device.type == "cuda")
+    reshard = config.fsdp_reshard_after_forward
     for block in objective.model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=config.fsdp_reshard_after_forward)
-    return fully_shard(objective, mesh=mesh, mp_policy=precision)
+        for part in training_mesh.parts_with(block, "split_experts") if place.expert_parallel > 1 else ():
+            _shard_experts(part, place, {**settings, "mesh": place.expert_mesh[over], "reshard_after_forward": reshard})
+        fully_shard(block, reshard_after_forward=reshard, **settings)
+    return fully_shard(objective, **settings)
+
+
+def _shard_experts(part, place, settings):
+    """FSDP2 within the experts of one rank: over the ranks that hold the same, whose number may be 1."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    n = place.expert_mesh["shard"].size()
+
+    def dimension(parameter):  # the first is the expert, and taken
+        return Shard(next(dim for dim in (1, 2, 0) if parameter.size(dim) % n == 0 or dim == 0))
+
+    fully_shard(part, shard_placement_fn=dimension, **settings)
 
 
 def distributed_optimizers(optimizers, model, place, config):
     """The optimizers, which have no state yet, for the model as `wrap` left it.
 
-    FSDP2 put parameters of its own in the place of those that they were built with. ZeRO-1 (Rajbhandari et al. 2020,
-    section 5.1) shares the parameters out: each is stepped, and its state kept, on one rank.
+    Sharding and splitting put parameters of their own in the place of those that they were built with. ZeRO-1
+    (Rajbhandari et al. 2020, section 5.1) shares the parameters out: each is stepped, and its state kept, on one rank.
     """
-    if is_sharded(config, place):
-        parameters = dict(model.named_parameters())
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["params"] = [parameters[name] for name in group["names"]]
-    if mode(config, place) != "ZeRO-1":
+    if is_split(config, place):
+        parameters, orders = dict(model.named_parameters()), training_mesh.row_orders(model)
+        for optimizer in optimizers:
+            optimizer.param_groups[:] = [
+                part for group in optimizer.param_groups for part in _by_mesh(group, parameters, orders)
+            ]
+    if place.world_size == 1 or not config.use_zero1:
         return optimizers
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -226,19 +408,38 @@ def distributed_optimizers(optimizers, model, place, config):
     return shared_out
 
 
-SPREAD = {"alone": (), "DDP": (), "ZeRO-1": ("optimizer",), "FSDP2": ("weights", "gradients", "optimizer")}
+def _by_mesh(group, parameters, orders):
+    """A group of an optimizer as several, because one kernel takes the tensors of one mesh."""
+    by_mesh = {}
+    for name in group["names"]:
+        by_mesh.setdefault(getattr(parameters[name], "device_mesh", None), []).append(name)
+    for names in by_mesh.values():
+        own = {name: orders[name] for name in names if name in orders}
+        yield {**group, "params": [parameters[name] for name in names], "names": names, "row_orders": own}
 
 
-def bytes_held(memory, place, config):
-    """{'weights': bytes, ...} of a whole model -> those that stay on one rank between steps."""
-    spread = SPREAD[mode(config, place)]
-    return {name: size / place.world_size if name in spread else size for name, size in memory.items()}
+def bytes_held(memory, place, config, split=0.0):
+    """{'weights': bytes, ...} of a whole model -> those that stay on one rank between steps.
+
+    Args:
+        split: the share of its weights that tensor parallelism divides (`training_mesh.split_share`). Experts make no
+            difference: their weights are sharded over as many ranks as all others.
+    """
+    left = 1 - split + split / place.tensor_parallel
+    shards = place.data_size // place.replicas if is_sharded(config, place) else 1
+    held = {name: size if name == "activations" else size * left / shards for name, size in memory.items()}
+    if config.use_zero1:
+        held["optimizer"] /= place.world_size
+    return held
 
 
 def recomputed(blocks, config):
     """Those of the blocks whose activations are computed again in backward."""
     every = {"none": len(blocks) + 1, "full": 1, "selective": 2}[config.gradient_checkpointing]
     return blocks[every - 1 :: every]
+
+
+split_weights = training_mesh.split_weights
 
 
 def checkpoint_activations(model, config):
@@ -256,11 +457,13 @@ def _computed_again(forward, *inputs):
     return checkpoint(forward, *inputs, use_reentrant=False)
 
 
+@contextlib.contextmanager
 def gradient_sync(module, is_last):
     """Context that leaves gradients unsummed until the last micro-batch of a step."""
-    if is_last or not hasattr(module, "no_sync"):
-        return contextlib.nullcontext()
-    return module.no_sync()
+    with contextlib.nullcontext() if is_last or not hasattr(module, "no_sync") else module.no_sync():
+        yield
+    if is_last:
+        training_mesh.sum_shared_gradients(module)
 
 
 def wants_compile(config, place):
@@ -298,25 +501,40 @@ def compile_module(module, example_batch, place, by_block=False):
     return compiled, "on"
 
 
+LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "timeout", "nccl")
+
+
 @contextlib.contextmanager
 def memory_errors():
-    """Turn running out of memory into a sentence."""
+    """Turn running out of memory, and another rank's end, into a sentence."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        if dist.is_initialized() and any(words in str(error).lower() for words in LOST):
+            lost = UserError(f"another rank stopped, and says why itself ({lines[0].strip()[:200]})")
+            lost.said_by_rank_0 = False
+            raise lost from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise UserError(
+        short = UserError(
             "out of memory; lower batch_size and raise gradient_accumulation_steps by as much, or take a smaller model"
-        ) from error
+        )
+        short.said_by_rank_0 = False  # the others may have had enough
+        raise short from error
 
 
 # ---- whole tensors of sharded ones -----------------------------------------------------------------------------------
 
 
-def whole(tensor):
-    """A sharded tensor in full, which all ranks ask for together; any other value as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def whole(tensor, order=None):
+    """A sharded tensor in full, which all ranks ask for together; any other value as it is.
+
+    Args:
+        order: `training_mesh.rows_by_rank` of a parameter whose rows stand in that order.
+    """
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return training_mesh.in_own_order(full, order)
 
 
 def unique_tensors(model):
@@ -331,9 +549,9 @@ def whole_weights(model):
 
     One tensor at a time is whole on a device.
     """
-    tensors = {}
+    tensors, orders = {}, training_mesh.row_orders(model)
     for name, tensor in unique_tensors(model).items():
-        full = whole(tensor.detach())
+        full = whole(tensor.detach(), orders.get(name))
         if _is_main():
             tensors[name] = full.cpu().contiguous()
     return tensors
@@ -341,11 +559,11 @@ def whole_weights(model):
 
 def whole_state(optimizer):
     """{parameter name: {'exp_avg': tensor, ...}}, whole and on the CPU, for rank 0; {} for others. All call it."""
-    own, found = _own_part(optimizer), {}
+    own, found, orders = _own_part(optimizer), {}, _row_orders(optimizer)
     is_shared_out = own is not optimizer
     for name, parameter in _named(optimizer):
         if parameter in own.state:
-            full = {key: whole(value) for key, value in own.state[parameter].items()}
+            full = {key: whole(value, orders.get(name)) for key, value in own.state[parameter].items()}
             if _is_main() or is_shared_out:  # one parameter at a time is whole on a device
                 found[name] = {key: value.cpu() if torch.is_tensor(value) else value for key, value in full.items()}
     return _merged(optimizer, found) if is_shared_out else found
@@ -383,17 +601,18 @@ def empty_like(parameter, shape, dtype):
 
 def restore_state(optimizer, states):
     """Put what `whole_state` or `held_state` returned back, on each rank the part that it holds."""
-    own = _own_part(optimizer)
+    own, orders = _own_part(optimizer), _row_orders(optimizer)
     for name, parameter in held(optimizer).items():
         if name in states:
-            own.state[parameter] = {key: _laid_out_as(parameter, value) for key, value in states[name].items()}
+            order = orders.get(name)
+            own.state[parameter] = {key: laid_out_as(parameter, value, order) for key, value in states[name].items()}
 
 
-def _laid_out_as(parameter, value):
+def laid_out_as(parameter, value, order=None):
     """A whole tensor where the parameter's is, and sharded as it is where it has the parameter's shape."""
     if not torch.is_tensor(value):
         return value
-    value = value.to(parameter.device)
+    value = training_mesh.in_rank_order(value.to(parameter.device), order)
     if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -406,6 +625,10 @@ def _named(optimizer):
     return [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
 
 
+def _row_orders(optimizer):
+    return {name: order for group in optimizer.param_groups for name, order in group.get("row_orders", {}).items()}
+
+
 def _own_part(optimizer):
     """The optimizer that this rank steps: of ZeRO-1 the one inside."""
     return getattr(optimizer, "optim", optimizer)
@@ -415,18 +638,51 @@ def _is_main():
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def gather_weights(objective):
-    """Make weights whole on every rank, to the end, so that one rank alone can generate. All call it together."""
-    for module in objective.modules():
-        if hasattr(module, "unshard"):
-            module.set_reshard_after_forward(False)
-            module.unshard()
+def whole_model(model, place, config):
+    """A model that rank 0 can call alone: a copy with whole weights where ranks share them. All call it together."""
+    if not is_split(config, place):
+        return model
+    tensors = whole_weights(model)
+    if not place.is_main:
+        return model
+    copy = ConfigurableGPT(model.config)
+    copy.load_state_dict(tensors, strict=False)  # tied names share the tensor that is loaded
+    return copy.to(place.device)
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+def squared_norms(tensors):
+    """The sums of squares of whole tensors, (n,), from what each rank holds of them, in one exchange."""
+    squares = torch.stack([training_mesh.local(tensor).float().square().sum() for tensor in tensors])
+    if not any(hasattr(tensor, "placements") for tensor in tensors):
+        return squares
+    shares = [_shards(tensor) / dist.get_world_size() for tensor in tensors]  # ranks that hold the same speak as one
+    squares *= torch.tensor(shares, device=squares.device)
+    dist.all_reduce(squares)
+    return squares
+
+
+def _shards(tensor):
+    """Into how many different parts a tensor is divided over the ranks."""
+    if not hasattr(tensor, "placements"):
+        return 1
+    along = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in along if not placement.is_replicate())
 
 
 # ---- agreement over ranks --------------------------------------------------------------------------------------------
 
 
 def sum_over_ranks(tensor, place):
+    """The sum over all data, on every rank: ranks that read the same are counted once."""
+    if place.rank % place.tensor_parallel:
+        tensor = torch.zeros_like(tensor)
+    return sum_over_all(tensor, place)
+
+
+def sum_over_all(tensor, place):
     """The sum of every rank's tensor, on every rank."""
     if place.world_size > 1:
         dist.all_reduce(tensor)
@@ -445,14 +701,14 @@ def sums_over_ranks(tensors, place):
 def to_host(scalars, place):
     """Floats of several scalar tensors, waiting for the device once."""
     dtype = torch.float32 if place.device.type == "mps" else torch.float64
-    return torch.stack([scalar.to(dtype) for scalar in scalars]).tolist()
+    return torch.stack([scalar.to(place.device, dtype) for scalar in scalars]).tolist()
 
 
 def any_rank(flag, place):
     """True on every rank when it is true on one."""
     if place.world_size == 1:
         return bool(flag)
-    return bool(sum_over_ranks(torch.tensor(float(bool(flag)), device=place.device), place) > 0)
+    return bool(sum_over_all(torch.tensor(float(bool(flag)), device=place.device), place) > 0)
 
 
 def from_main(decide, place):
@@ -481,6 +737,11 @@ def gather(value, place):
     if place.world_size > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def wait_for_all(place):
+    """Return when every rank has come here."""
+    gather(None, place)
 
 
 def peak_memory_bytes(place):

@@ -9,10 +9,13 @@ import difflib
 import functools
 import os
 import sys
+import time
 
 
 class UserError(Exception):
     """Something the user can mend: the message is one sentence saying what is wrong and what to do."""
+
+    said_by_rank_0 = None  # of several processes: True, False, or None where they have not asked one another
 
 
 def nearest(name, candidates):
@@ -37,6 +40,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{hint or '; see --help'}")
 
 
+SECONDS_FOR_RANK_0 = 10
+
+
+def _say(error):
+    """Print the sentence, on one rank where all of a job have found the same."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and error.said_by_rank_0 is None:
+        time.sleep(SECONDS_FOR_RANK_0)  # torchrun ends this process when rank 0 has said it
+    if not error.said_by_rank_0:
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+
+
 def exit_on_user_error(main):
     """Decorate a script's main: a UserError becomes `error: ...` on stderr and exit code 2, Ctrl-C one word and 130."""
 
@@ -48,7 +63,7 @@ def exit_on_user_error(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _say(error)
             sys.exit(2)
         except BrokenPipeError:  # `... | head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,6 @@
 """The experts of a mixture as grouped matrix products: sort the tokens by expert, multiply each group by its weights.
 
-Plain is `model_moe.Experts.forward`, which picks each expert's tokens with a mask. On a GPU the groups go through
+Plain is `model_moe.Experts.combine`, which picks each expert's tokens with a mask. On a GPU the groups go through
 `torch.nn.functional.grouped_mm`, which reads their borders from the device and never waits for it. On a CPU each group
 is a product of its own: as fast, in any precision. Not through oneDNN (`cpu_linear`), which compiles a kernel for every
 new number of rows, and here that number is new each time.
@@ -62,8 +62,8 @@ def _sum_of_choices(y, inverse):
     return total
 
 
-def experts(module, x, chosen, weights, use_grouped_mm, counts_of=true_counts):
-    """What `Experts.forward` computes. x (N, C), chosen (N, k) int64, weights (N, k) -> (N, C).
+def experts(module, x, chosen, weights, up, down, use_grouped_mm, counts_of=true_counts):
+    """What `Experts.combine` computes. x (N, C), chosen (N, k) int64, weights (N, k), up, down (n, out, in) -> (N, C).
 
     Args:
         use_grouped_mm: (device, dtype) -> whether one product serves all experts.
@@ -74,9 +74,9 @@ def experts(module, x, chosen, weights, use_grouped_mm, counts_of=true_counts):
     order = chosen.flatten().argsort(stable=True)  # (N k,) choices, by expert
     places = torch.arange(order.numel(), device=x.device)
     inverse = torch.empty_like(order).scatter(0, order, places).view_as(chosen)  # where each choice went
-    loads = loads_of(chosen, module.up.size(0))
+    loads = loads_of(chosen, up.size(0))
     rows, row_weights = Dispatch.apply(x.to(dtype), order, inverse), weights.flatten()[order]
-    up, down = module.up.to(dtype), module.down.to(dtype)
+    up, down = up.to(dtype), down.to(dtype)
 
     def hidden(h, weight):
         return (module.activate(h) * weight[:, None]).to(dtype)  # weighing H numbers a row, not C
@@ -111,7 +111,7 @@ def install(model, device, backend="auto"):
         return "plain"
     for module in modules:
         use_grouped_mm = functools.partial(_has_grouped_mm, grouped)
-        module.forward = functools.partial(experts, module, use_grouped_mm=use_grouped_mm)
+        module.combine = functools.partial(experts, module, use_grouped_mm=use_grouped_mm)
     return "grouped_mm" if grouped else "sorted"
 
 
@@ -119,7 +119,7 @@ def install_without_data(model):
     """Let every Experts of `model` compute, on tensors without data, a product per expert with an even share."""
     for module in model.modules():
         if isinstance(module, Experts):
-            module.forward = functools.partial(experts, module, use_grouped_mm=_never, counts_of=even_counts)
+            module.combine = functools.partial(experts, module, use_grouped_mm=_never, counts_of=even_counts)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -144,7 +144,7 @@ def equals_plain(module, dtype, use_grouped_mm):
     The last expert gets no token, as happens in training.
     """
     module, n = copy.deepcopy(module).to(dtype), module.up.size(0)
-    module.__dict__.pop("forward", None)
+    module.__dict__.pop("combine", None)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, module.up.size(2), generator=generator)
     chosen = torch.rand(64, max(2, n - 1), generator=generator).topk(2, dim=-1).indices.to(module.up.device) % n
@@ -155,8 +155,8 @@ def equals_plain(module, dtype, use_grouped_mm):
             weight.copy_(torch.randn(weight.shape, generator=generator) / weight.size(-1) ** 0.5)
     leaves, results = [x.requires_grad_(), weights.requires_grad_(), module.up, module.down], []
     try:
-        for path in (module, functools.partial(experts, module, use_grouped_mm=use_grouped_mm)):
-            y = path(x, chosen, weights)
+        for path in (module.combine, functools.partial(experts, module, use_grouped_mm=use_grouped_mm)):
+            y = path(x, chosen, weights, module.up, module.down)
             results.append([y, *torch.autograd.grad(y, leaves, grad)])
     except (RuntimeError, AttributeError, NotImplementedError):  # a torch or a device without it
         return False

@@ -138,7 +138,7 @@ def test_sorted_equals_plain(moe, case, shape):
 def test_grouped_mm_equals_plain(moe, case, dtype, tolerance):
     plain, x = moe(case, dtype), inputs(dtype).requires_grad_()
     fast = copy.deepcopy(plain)
-    fast.experts.forward = functools.partial(grouped.experts, fast.experts, use_grouped_mm=grouped._always)
+    fast.experts.combine = functools.partial(grouped.experts, fast.experts, use_grouped_mm=grouped._always)
     torch.testing.assert_close(fast(x), plain(x), rtol=tolerance, atol=tolerance * plain(x).abs().max().item())
     wanted = all_gradients(plain(x), plain, x)
     for name, gradient in all_gradients(fast(x), fast, x).items():
@@ -409,7 +409,7 @@ def test_with_grouped_mm_it_is_one_graph(objective):
     told = objective(torch.float32, "plain", load_balance_loss=0.5, capacity_factor=0.7)
     for block in told.model.blocks:
         module = block.ffn.experts
-        module.forward = functools.partial(grouped.experts, module, use_grouped_mm=grouped._always)
+        module.combine = functools.partial(grouped.experts, module, use_grouped_mm=grouped._always)
     torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16):  # the one precision in which torch compiles grouped_mm
         wanted_sums, wanted = gradients_of(told, batch_of(2))

@@ -2,9 +2,7 @@
 
 # ruff: noqa: F401, F811 - book and workshop are fixtures
 
-import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -18,12 +16,12 @@ from model_config import ModelArchitectureConfig
 from training_config import TrainConfig
 from training_data import load_dataset
 from training_helpers import (
-    ROOT,
     Workshop,
     assert_same,
     assert_same_run,
+    assert_same_training,
     book,
-    environment,
+    launch,
     read_json,
     rows,
     summary,
@@ -39,30 +37,6 @@ from user_errors import UserError
 CPU = torch.device("cpu")
 
 # ---- several ranks --------------------------------------------------------------------------------------------------
-
-# One launch of torchrun, because starting two ranks takes seconds: commands run one after another in its processes.
-# They join at the first command and part after the last, since torchrun's processes can join only once.
-DRIVER = """
-import json, os, sys
-import torch.distributed as dist
-import train
-
-join, part = dist.init_process_group, dist.destroy_process_group
-dist.init_process_group = lambda *given, **named: None if dist.is_initialized() else join(*given, **named)
-dist.destroy_process_group = lambda: None
-commands = json.load(open(sys.argv[1]))
-for command in commands:
-    if command is commands[-1]:
-        dist.destroy_process_group = part
-    try:
-        train.main(command)
-    except SystemExit as stop:
-        print("left with", stop.code, flush=True)
-assert not dist.is_initialized()
-sys.stdout.flush(), sys.stderr.flush()
-os._exit(0)  # once, after thirty runs in one process, threads of gloo aborted the interpreter's own exit
-"""
-
 
 # An objective that sends SIGTERM to the second rank alone, in its third step, while the file `armed` is there.
 SIGNALLING = """
@@ -90,20 +64,6 @@ ENCODER = (
 )  # fmt: skip
 GAMES = ("--dataset=games", "--input=played.jsonl", "--objective=lm_plus_win", "--lambda_wp=0.5")
 MOE = ("--ffn_type=moe", "--n_experts=4", "--load_balance_loss=0.1", "--router_bias_rate=0.01")
-
-
-def launch(shop, commands):
-    """What two ranks printed that went through the commands one after another."""
-    (shop.folder / "commands.json").write_text(json.dumps(commands))
-    (shop.folder / "driver.py").write_text(DRIVER)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py",
-         "commands.json"],
-        cwd=shop.folder, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, encoding="utf-8",
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +134,14 @@ def test_accumulation_that_does_not_divide_among_ranks_is_refused(ranks):
         "error: gradient_accumulation_steps=3 does not divide among 2 ranks (batch_size=4); make it a multiple of 2\n"
         in text
     )
-    assert text.count("left with 2") == 2
+    assert text.count("left with 2") == 2 and "error on rank 1: " not in text
     assert not (shop.runs / "uneven").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
+def test_no_thread_outlives_the_group(ranks):
+    """One that did took the interpreter's lock while it shut down, and the process ended with SIGABRT."""
+    assert ranks[1].count("threads of gloo left: 0\n") == 2
 
 
 def test_a_resumed_job_of_two_ranks_is_exact_with_dropout(ranks):
@@ -257,19 +223,6 @@ def modes(book, tmp_path_factory):
     return shop, launch(shop, commands)
 
 
-def assert_same_training(one, other, steps=10, atol=1e-5):
-    """Two runs agree in every logged loss and norm, in the stream and counters, and in weights and optimizer state."""
-    for column in ("loss", "grad_norm"):
-        found, expected = ([row[column] for row in rows(folder, "train")] for folder in (one, other))
-        assert len(found) == steps and found == pytest.approx(expected, abs=atol), column
-    for name in ("stream_hash", "tokens_processed", "tokens_supervised", "steps", "status", "n_params"):
-        assert summary(one)[name] == summary(other)[name], name
-    assert summary(one)["final_val_loss"] == pytest.approx(summary(other)["final_val_loss"], abs=atol)
-    torch.testing.assert_close(weights(one, steps), weights(other, steps), rtol=0, atol=10 * atol)
-    found, expected = (training_state(folder, steps)["optimizers"] for folder in (one, other))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=10 * atol)
-
-
 @pytest.fixture(scope="module")
 def alone(book, tmp_path_factory):
     """{kind: run folder} of one process each, made when asked for."""
@@ -346,8 +299,9 @@ def test_rounded_weights_train_nearly_the_same(modes, alone):
 
 
 def test_two_ways_to_shard_are_refused_on_every_rank(modes):
-    sentence = "error: use_fsdp=True shards the optimizer's state already, as use_zero1=True would; keep one of them\n"
-    assert modes[1].count(sentence) == 2 and not (modes[0].runs / "both").exists()
+    sentence = "use_fsdp=True shards the optimizer's state already, as use_zero1=True would; keep one of them\n"
+    assert modes[1].count(f"error: {sentence}") == modes[1].count(f"error on rank 1: {sentence}") == 1
+    assert not (modes[0].runs / "both").exists()
 
 
 @pytest.mark.parametrize("setting", ["use_fsdp", "use_zero1"])
@@ -620,5 +574,6 @@ def test_alone_the_sums_over_ranks_are_ones_own():
     assert parallel.wrap(module, module, place, TrainConfig()) is module
     with parallel.gradient_sync(module, is_last=False):
         pass
-    parallel.leave_place(place)
+    with parallel.joined(place):
+        pass
     assert_same(parallel.peak_memory_bytes(place) > 2**20, True)

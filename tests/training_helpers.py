@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -201,6 +202,19 @@ def assert_same_run(a, b, step):
     assert rows(a, "eval") == rows(b, "eval")
 
 
+def assert_same_training(one, other, steps=10, atol=1e-5):
+    """Two runs agree in every logged loss and norm, in the stream and counters, and in weights and optimizer state."""
+    for column in ("loss", "grad_norm"):
+        found, expected = ([row[column] for row in rows(folder, "train")] for folder in (one, other))
+        assert len(found) == steps and found == pytest.approx(expected, abs=atol), column
+    for name in ("stream_hash", "tokens_processed", "tokens_supervised", "steps", "status", "n_params"):
+        assert summary(one)[name] == summary(other)[name], name
+    assert summary(one)["final_val_loss"] == pytest.approx(summary(other)["final_val_loss"], abs=atol)
+    torch.testing.assert_close(weights(one, steps), weights(other, steps), rtol=0, atol=10 * atol)
+    found, expected = (training_state(folder, steps)["optimizers"] for folder in (one, other))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=10 * atol)
+
+
 # ---- other processes ------------------------------------------------------------------------------------------------
 
 
@@ -212,3 +226,47 @@ def environment(**changes):
 
 def script(name, *arguments):
     return [sys.executable, str(ROOT / name), *map(str, arguments)]
+
+
+# One launch of torchrun, because starting ranks takes seconds: commands run one after another in its processes, with
+# its own number for {rank} in each. They join at the first command and part after the last: a process can join once.
+DRIVER = """
+import json, os, sys
+import torch.distributed as dist
+import train, user_errors
+from model_flops import HardwarePeak
+
+join, part = dist.init_process_group, dist.destroy_process_group
+dist.init_process_group = lambda *where, **how: None if dist.is_initialized() else join(*where, **how)
+dist.destroy_process_group = lambda: None
+train.hardware_peak = lambda device, precision: HardwarePeak(1e11, "a number")
+user_errors.SECONDS_FOR_RANK_0 = 0  # torchrun ends nobody here, whom it would where they wait to join
+for command in json.load(open(sys.argv[1])):
+    try:
+        train.main([argument.replace("{rank}", os.environ["RANK"]) for argument in command])
+    except SystemExit as stop:
+        print("left with", stop.code, flush=True)
+part()
+if sys.platform == "linux":
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    print("threads of gloo left:", sum("gloo" in name for name in names), flush=True)
+"""
+
+
+def torchrun(folder, n_ranks, script, *arguments, timeout=300):
+    """The finished process of `torchrun --nproc_per_node=n_ranks script arguments`, and its output as text."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}", str(script),
+         *arguments],
+        cwd=folder, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, encoding="utf-8",
+        timeout=timeout,
+    )  # fmt: skip
+
+
+def launch(shop, commands, n_ranks=2, timeout=300):
+    """What the ranks printed that went through the commands one after another."""
+    (shop.folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
+    (shop.folder / "driver.py").write_text(DRIVER, encoding="utf-8")
+    done = torchrun(shop.folder, n_ranks, "driver.py", "commands.json", timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
