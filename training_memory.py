@@ -23,7 +23,7 @@ from model_builder import ConfigurableGPT, parameter_plan
 from training_mesh import split_share
 from training_objectives import OBJECTIVE_REGISTRY
 from training_optim import OPTIMIZER_REGISTRY
-from training_parallel import DTYPES, bytes_held, checkpoint_activations, mode
+from training_parallel import DTYPES, bytes_held, checkpoint_activations, is_sharded
 
 NOT_COUNTED = "the allocator's rounding and fragments, kernels' workspaces, the device's context"
 WHOLE = {"weights": 1.0, "gradients": 1.0, "optimizer": 1.0}
@@ -117,9 +117,10 @@ def step_memory(settings, place):
     with fake:
         weights = bytes_of([*objective.parameters(), *objective.buffers()])
         gradients = bytes_of(objective.parameters())
-        buffers = communication_bytes(objective.model, config, place)
+        left = 1 - split_share(objective.model) * (1 - 1 / place.tensor_parallel)
+        buffers = left * communication_bytes(objective.model, config, place)
         state, scratch = measured_update(objective.model, config)
-        gathered = DTYPES[config.fsdp_dtype] if mode(config, place) == "FSDP2" else torch.float32
+        gathered = DTYPES[config.fsdp_dtype] if is_sharded(config, place) else torch.float32
         cast_parameters(objective, gathered)  # its gradients too, which are float32 again once they are scattered
         kept_share = shares["gradients"] * 4 / gathered.itemsize
         passes = measured_passes(objective, batch, place, n_micro_batches, kept_share)
@@ -203,11 +204,10 @@ def communication_bytes(model, config, place):
     gathered ahead, and of all that is outside the blocks; and whole gradients of a block, in float32. Without
     fsdp_reshard_after_forward every block stays whole.
     """
-    kind = mode(config, place)
-    if kind == "alone":
+    if place.data_size == 1:
         return 0
     whole = bytes_of(model.parameters())
-    if kind != "FSDP2":
+    if not is_sharded(config, place):
         return whole
     blocks = sorted((bytes_of(block.parameters()) for block in model.blocks), reverse=True)
     gathered = sum(blocks[:2]) if config.fsdp_reshard_after_forward else sum(blocks)

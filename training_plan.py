@@ -17,8 +17,9 @@ from model_config import GPT2_VOCAB_SIZE
 from model_flops import CONVENTION, active_parameters, flops_per_token, published_peak
 from training_data import check_split, tokens_in_epoch
 from training_memory import NOT_COUNTED, step_memory
+from training_mesh import check_model, parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
-from training_parallel import DTYPES, Place, mode, recomputed
+from training_parallel import DTYPES, Place, check_world, is_sharded, mode, recomputed
 from training_prepare import recipe_of
 from training_report import architecture_tree, human_bytes, human_count, human_seconds
 from training_token_files import read_meta
@@ -80,7 +81,10 @@ def place_of(config, target):
     if dtype == "auto":
         dtype = "bfloat16" if published_peak(target.name, "bfloat16") else "float16"
     tf32 = config.tf32 and published_peak(target.name, "tf32") is not None
-    return Place(torch.device("cuda"), dtype, tf32, 0, 0, config.target_n_gpu)
+    return Place(
+        torch.device("cuda"), dtype, tf32, 0, 0, config.target_n_gpu,
+        config.fsdp_replicas, config.tensor_parallel, config.expert_parallel,
+    )  # fmt: skip
 
 
 # ---- data that need not be there -------------------------------------------------------------------------------------
@@ -129,25 +133,48 @@ def length_of(config, block_size, facts):
 
 
 def bytes_sent(weights, config, place):
-    """{what: bytes that each rank sends in a step}, by ring algorithms (Patarasuk & Yuan 2009).
+    """{what: bytes that each rank sends in a step} of weights and gradients, in rings (Patarasuk & Yuan 2009).
 
     An all-reduce of n bytes over p ranks costs each 2 n (p - 1) / p, a gather or a scatter half of that. DDP sums
     gradients once a step; ZeRO-1 sends updated weights besides; FSDP2 gathers weights before forward, again before
-    backward where they were freed, and scatters gradients, in every micro-batch.
+    backward where they were freed, and scatters gradients, in every micro-batch. With replicas (HSDP) it does so within
+    one of them, and sums the scattered gradients over all.
 
     Args:
-        weights: bytes of the model in float32.
+        weights: bytes of the model in float32, without what `tensor_parallel` leaves to other ranks.
     """
-    p, kind = place.world_size, mode(config, place)
-    share = weights * (p - 1) / p
-    if kind != "FSDP2":
-        sent = {} if kind == "alone" else {"gradients": 2 * share}
-        return sent | ({"weights": share} if kind == "ZeRO-1" else {})
-    n_micro_batches = config.gradient_accumulation_steps // p
+    shares = {n: (n - 1) / n for n in (place.data_size, place.data_size // place.replicas, place.replicas)}
+    if place.data_size == 1:
+        return {}
+    if not is_sharded(config, place):
+        share = weights * shares[place.data_size]
+        return {"gradients": 2 * share} | ({"weights": share} if config.use_zero1 else {})
+    n_micro_batches, n_shards = config.gradient_accumulation_steps // place.data_size, place.data_size // place.replicas
     gathers = n_micro_batches * (2 if config.fsdp_reshard_after_forward else 1)
+    over_replicas = 2 * weights / n_shards * shares[place.replicas]
     return {
-        "weights": gathers * share * DTYPES[config.fsdp_dtype].itemsize / 4, "gradients": n_micro_batches * share,
+        "weights": gathers * weights * shares[n_shards] * DTYPES[config.fsdp_dtype].itemsize / 4,
+        "gradients": n_micro_batches * (weights * shares[n_shards] + over_replicas),
     }  # fmt: skip
+
+
+def activations_sent(model, config, place):
+    """{'activations': bytes that each rank sends in a step} for what `tensor_parallel` and `expert_parallel` split.
+
+    Of a split part the output is summed over the ranks in forward and the gradient of its input in backward (Megatron,
+    2019, section 3). A choice of an expert goes to the rank that has it, and back, in forward and in backward; with an
+    even load n - 1 of n leave.
+    """
+    n_tokens = config.batch_size * model.config.block_size * (config.gradient_accumulation_steps // place.data_size)
+    width = n_tokens * model.config.n_embd * DTYPES[place.dtype].itemsize
+    tensor, expert = (n if n > 1 else 0 for n in (place.tensor_parallel, place.expert_parallel))
+    sent = 0
+    if tensor:
+        sent += len(parts_with(model, "split_columns")) * 2 * 2 * width * (tensor - 1) / tensor
+    if expert:
+        choices = sum(part.options.experts_per_token for part in model.modules() if hasattr(part, "experts"))
+        sent += choices * 4 * width * (expert - 1) / expert
+    return {"activations": sent} if sent else {}
 
 
 @dataclass(frozen=True)
@@ -184,7 +211,8 @@ def dry_run(settings):
     """
     config, target = settings.train, target_of(settings.train)
     place = place_of(config, target)
-    check_split(config.sequences_per_step, config.batch_size, place.world_size)
+    check_world(config, place)
+    check_split(config.sequences_per_step, config.batch_size, place.data_size)
     facts, kind = data_facts(settings), OBJECTIVE_REGISTRY[config.objective]
     settings = with_vocabulary(settings, facts.vocab_size + kind.extra_tokens(config))
     if config.match:
@@ -192,8 +220,11 @@ def dry_run(settings):
     with on_meta():
         model = ConfigurableGPT(settings.model)
         flops = flops_per_token(model, head_fraction=kind(model, config).head_fraction)
+    check_model(model, place)
     steps, tokens_per_step = length_of(config, settings.model.block_size, facts)
-    sent = bytes_sent(4 * sum(p.numel() for p in model.parameters()), config, place)
+    kept = 1 - split_share(model) * (1 - 1 / place.tensor_parallel)
+    weights = 4 * kept * sum(p.numel() for p in model.parameters())
+    sent = bytes_sent(weights, config, place) | activations_sent(model, config, place)
     n_again = len(recomputed(model.blocks, config))
     time = step_time(flops, n_again, len(model.blocks), tokens_per_step, sent, target, config, place)
     rows = [
@@ -219,18 +250,20 @@ def run_rows(settings, model, flops, facts, steps, tokens_per_step, place):
         ("", CONVENTION),
         ("dataset", f"{facts.words}; no token was read"),
         ("step", f"{human_count(tokens_per_step)} tokens: {config.batch_size} x {flops.context} x {accumulation} "
-                 f"micro-batch(es), {accumulation // place.world_size} on each device"),
+                 f"micro-batch(es), {accumulation // place.data_size} on each device"),
         ("run", f"{steps:,} steps, {human_count(tokens)} tokens{epochs}, {human_count(flops.training * tokens)}FLOP"),
     ]  # fmt: skip
 
 
 def assumption_rows(config, target, place):
     peak = human_count(published_peak(target.name, place.precision))
+    split = [("", "activations as without tensor_parallel, which splits some")] if place.tensor_parallel > 1 else []
     return [
         ("assumed", f"{100 * config.target_mfu:.3g}% of {peak}FLOP/s on each device (target_mfu), recomputed blocks "
                     "included"),
         ("", f"{target.link / 1e9:g} GB/s to devices of the same {RANKS_PER_NODE}, {target.network / 1e9:g} GB/s to "
              "others; sending overlaps with computing: the longer counts"),
+        *split,
         ("not counted", f"{NOT_COUNTED};"),
         ("", "evaluation, saving, starting, compiling (which lowers activations), waiting for data, failures"),
     ]  # fmt: skip
@@ -257,10 +290,8 @@ def advice(config, kinds):
     """What to change, the largest kind first."""
     if kinds["activations"] == max(kinds.values()):
         ways = [] if config.gradient_checkpointing == "full" else ["gradient_checkpointing=full"]
-        if (
-            config.use_fsdp and config.fsdp_dtype == "float32"
-        ):  # autocast keeps a copy of every weight in half precision
-            ways.append("fsdp_dtype=bfloat16")
+        if config.use_fsdp and config.fsdp_dtype == "float32":
+            ways.append("fsdp_dtype=bfloat16")  # autocast keeps a copy of every weight in half precision
         if config.batch_size > 1:
             ways.append("lower batch_size and raise gradient_accumulation_steps by as much")
         return f"activations are most of it: {', or '.join(ways) or 'lower block_size'}"

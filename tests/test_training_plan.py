@@ -11,13 +11,13 @@ from model_flops import flops_per_token
 from training_config import TrainConfig
 from training_helpers import book, workshop  # noqa: F401
 from training_parallel import Place
-from training_plan import TARGETS, bytes_sent, place_of, step_time
+from training_plan import TARGETS, activations_sent, bytes_sent, place_of, step_time
 
 SMALL = ("--arch_preset=llama", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=16", "--dry_run=True")
 
 
-def ranks(n):
-    return Place(torch.device("cuda"), "bfloat16", True, 0, 0, n)
+def ranks(n, replicas=1, tensor=1, expert=1):
+    return Place(torch.device("cuda"), "bfloat16", True, 0, 0, n, replicas, tensor, expert)
 
 
 @pytest.mark.parametrize("settings, n, sent", [
@@ -30,6 +30,23 @@ def ranks(n):
 ])  # fmt: skip
 def test_what_each_rank_sends(settings, n, sent):
     assert bytes_sent(1000, TrainConfig(gradient_accumulation_steps=8, **settings), ranks(n)) == sent
+
+
+def test_replicas_gather_within_and_sum_shards_without():
+    config = TrainConfig(gradient_accumulation_steps=8, use_fsdp=True, fsdp_replicas=2)
+    # two micro-batches on each of 4; half of 1000 is sent to the other shard, and 2 x 500 x 1/2 between the replicas
+    assert bytes_sent(1000, config, ranks(4, replicas=2)) == {"weights": 2 * 2 * 500, "gradients": 2 * (500 + 500)}
+
+
+def test_what_split_layers_send(tiny):
+    config = TrainConfig(gradient_accumulation_steps=4, batch_size=3)
+    width = 3 * 16 * 16 * 2  # tokens of a micro-batch x n_embd x bytes of bfloat16
+    dense, mixture = (ConfigurableGPT(tiny(ffn_type=ffn)) for ffn in ("swiglu", "moe"))  # two blocks each
+    assert activations_sent(dense, config, ranks(4)) == {}
+    # 4 micro-batches, 4 parts that are split, forward and backward, and 2 (n - 1) / n for an all-reduce over 2
+    assert activations_sent(dense, config, ranks(2, tensor=2)) == {"activations": 4 * 4 * 2 * width}
+    # 2 micro-batches on each, 2 choices in 2 blocks, there and back in both passes, half of them to the other rank
+    assert activations_sent(mixture, config, ranks(2, expert=2)) == {"activations": 2 * 4 * 4 * width / 2}
 
 
 def test_the_time_of_a_step_is_the_longer_of_two(tiny):
