@@ -21,7 +21,7 @@ from training_mesh import check_model, parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
 from training_parallel import DTYPES, Place, check_world, is_sharded, mode, recomputed
 from training_prepare import recipe_of
-from training_report import architecture_tree, human_bytes, human_count, human_seconds
+from training_report import architecture_tree, first_line, human_bytes, human_count, human_seconds
 from training_token_files import read_meta
 from training_tokenizers import TOKENIZER_REGISTRY
 from user_errors import UserError, did_you_mean
@@ -273,8 +273,8 @@ def memory_rows(settings, place, target):
     """[(name, text)]: the peak, its kinds, and what would help where it does not fit."""
     try:
         memory = step_memory(settings, place)
-    except NotImplementedError as error:
-        return [("memory", f"cannot be counted ahead: {str(error)[:100]}")]
+    except Exception as error:
+        return [("memory", f"cannot be counted ahead: {first_line(error)}")]
     kinds = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in memory.kinds.items())
     rows = [
         ("memory", f"{human_bytes(memory.peak)} of {human_bytes(target.memory)} on each device at most, in the "

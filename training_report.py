@@ -112,13 +112,17 @@ def kernels_not_taken(resolved):
     return lines
 
 
+def first_line(error):
+    """Why a step cannot run without data: a part of the user's own may ask a tensor for its values, in many ways."""
+    return next((line.strip()[:100] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def memory_text(settings, place):
     """'about 462 MiB in the forward and backward: weights 18.6 MiB, ...', or why that cannot be told."""
     try:
         memory = step_memory(settings, place)
-    except (NotImplementedError, RuntimeError) as error:  # a part of the user's own may ask a tensor for its values
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return f"cannot be counted ahead: {reason.strip()[:100]}"
+    except Exception as error:
+        return f"cannot be counted ahead: {first_line(error)}"
     kinds = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in memory.kinds.items())
     return f"about {human_bytes(memory.peak)} in the {memory.when}: {kinds}, each at its most"
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import training_report
 from configurator import Settings
 from model_builder import ConfigurableGPT
 from model_flops import HardwarePeak, flops_per_token
@@ -147,3 +148,11 @@ def test_it_mentions_what_has_no_effect(tiny):
 
 def test_an_unknown_tokenizer_has_words_for_it(tiny):
     assert "unknown tokenizer, vocabulary 29" in report(tiny, tokenizer="unknown tokenizer")
+
+
+def test_memory_that_cannot_be_counted_costs_no_run(tiny, monkeypatch):
+    def asks_for_values(settings, place):
+        raise TypeError("\n  a tensor without data has no values\nmore")
+
+    monkeypatch.setattr(training_report, "step_memory", asks_for_values)
+    assert "memory       cannot be counted ahead: a tensor without data has no values" in report(tiny).splitlines()
