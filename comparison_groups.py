@@ -13,7 +13,8 @@ from comparison_plots import LINE_STYLES, MAX_CURVES, PALETTE, STYLE
 def draw_groups(values, y_label, path):
     """Write a figure of {label: {panel: {group: number or None}}}; the first 12 labels are drawn.
 
-    Panels and groups stand in the order in which they first appear; a group that a label lacks is a gap.
+    Panels stand in the order in which they first appear, groups as in `groups_of`. A number that is None is a gap; a
+    line goes past a group that its label has nothing of.
     """
     import matplotlib
 
@@ -45,7 +46,7 @@ def draw_loss_parts(ranking, path):
     values = {}
     for each, _ in found.rows:
         values[f"{ranking.numbers[each]} {each.label}"] = {
-            name: {group: mean_of(panel.get(each, {}).get(group, [])) for group in groups_of(panel)}
+            name: {group: mean_of(panel[each][group]) for group in panel.get(each, {})}
             for name, panel in found.panels.items()
         }  # fmt: skip
     draw_groups(values, f"loss, {found.unit}", path)
@@ -58,12 +59,12 @@ def mean_of(numbers):
 
 def draw_panel(axis, values):
     """Lines of {label: {group: number or None}} over the groups; returns their handles."""
-    groups = list(dict.fromkeys(group for each in values.values() for group in each))
-    handles = []
+    groups, handles = groups_of(values), []
     for index, each in enumerate(values.values()):
-        y = [math.nan if each.get(group) is None else each[group] for group in groups]
+        there = [place for place, group in enumerate(groups) if group in each]
+        y = [math.nan if each[groups[place]] is None else each[groups[place]] for place in there]
         style = LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)]
-        handles += axis.plot(range(len(groups)), y, marker="o", markersize=4, color=PALETTE[index % len(PALETTE)],
+        handles += axis.plot(there, y, marker="o", markersize=4, color=PALETTE[index % len(PALETTE)],
                              linestyle=style)  # fmt: skip
     axis.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
     return handles

@@ -412,7 +412,7 @@ def test_help_starts_with_the_usage_and_keeps_the_headings():
     assert "\nthe nine options\n" in text and "\ndata\n" in text and "\noptions of single parts\n" in text
     assert text.index("--n_layer") < text.index("--learning_rate")
     assert "--rope_theta=10000.0" in text and "[rope]" in text
-    assert re.search(r"--ffn_multiplier=.*\[geglu, moe, standard, swiglu\]", text)
+    assert re.search(r"--ffn_multiplier=.*\[geglu, moe, rwkv7, standard, swiglu\]", text)
 
 
 # ---- a run on disk --------------------------------------------------------------------------------------------------
