@@ -17,7 +17,7 @@ sizes = {"4pairs": "--n_pairs=4", "8pairs": "--n_pairs=8", "16pairs": "--n_pairs
 seeds = 3
 
 dataset = "mqar"
-n_questions = 32  # of a window's 64 tokens; asking each key once, as the paper does, takes ten times as many tokens
+n_questions = 32  # of a window's 64 tokens; asking each key once, as the paper does, takes longer (docs/decisions.md)
 n_layer, n_head, n_embd = 2, 1, 64
 block_size = 64
 batch_size = 32  # 2,048 tokens per step
