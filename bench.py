@@ -284,7 +284,7 @@ def measure_decode_contexts(config, cases, contexts, story):
     table = [["decoding, tokens/s (state)", *(f"T = {T:,}" for T in contexts), "last to first"]]
     for case in [case for case in cases if case.settings().model.causal]:
         progress = Progress(f"{case.label} decoding at {len(contexts)} contexts")
-        with Workers([Job(case, context=T, tokens=T) for T in contexts]) as workers:
+        with Workers([Job(case, context=T, tokens=T, warm_up=0) for T in contexts]) as workers:
             for worker in workers:
                 worker.read_prompt((1 + DECODE_ROUNDS) * n)
             functions = {worker.job.context: (lambda worker=worker: worker.decode_on(n)) for worker in workers}

@@ -229,6 +229,7 @@ class Job:
     peer: str = ""  # as in --peers; '' is ours
     context: int | None = None  # takes the place of block_size
     tokens: int | None = None  # of a batch, as near as whole sequences come; None is batch_size sequences
+    warm_up: int = WARM_UP  # training steps before the first question
     keep_memory: bool = True  # ours: freed memory is kept for the next step, as train.py does
 
 
@@ -335,7 +336,7 @@ def _make(job):
     before = _memory(place)
     sequences = None if job.tokens is None else max(1, job.tokens // settings.model.block_size)
     candidate = Candidate(settings, place, peer, sequences)
-    for _ in range(WARM_UP):
+    for _ in range(job.warm_up):
         candidate.step()
     synchronize(place.device)
     about = candidate.describe() | {"tokens": candidate.tokens, "key": case_key(job.case, settings, candidate)}

@@ -17,11 +17,11 @@ sizes = {"4pairs": "--n_pairs=4", "8pairs": "--n_pairs=8", "16pairs": "--n_pairs
 seeds = 3
 
 dataset = "mqar"
-n_questions = 32  # of a window's 64 tokens; asking each key once, as the paper does, takes ten times as many tokens
+n_questions = 32  # of a window's 64 tokens; asking each key once, as the paper does, takes longer (docs/decisions.md)
 n_layer, n_head, n_embd = 2, 1, 64
 block_size = 64
 batch_size = 32  # 2,048 tokens per step
-max_iters = 1500
+max_iters = 1500  # 3.1M tokens, which attention needs half of at 4 and 8 pairs; more at 16 (docs/probes.md)
 learning_rate = 1e-3  # for all; --learning_rates=5e-4,1e-3,2e-3 tries three for each
 warmup_iters = 100
 eval_interval = 100
