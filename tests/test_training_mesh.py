@@ -155,7 +155,7 @@ REFUSED = {
 def two(book, tmp_path_factory):
     ranks = Ranks(Workshop(tmp_path_factory.mktemp("two"), book), 2)
     shop = ranks.shop
-    other = shop.run("--max_iters=1", "--eval_interval=1", name="other")
+    other = shop.run("--max_iters=1", "--gradient_accumulation_steps=2", name="other")
     changed = (other / "config.json").read_text(encoding="utf-8").replace('"n_embd": 16', '"n_embd": 32')
     (other / "config.json").write_text(changed, encoding="utf-8")
     commands = [ranks.command(kind, *TWO[mode][0], name=f"{kind} {mode}") for kind, mode in CASES_OF_TWO]
