@@ -98,11 +98,7 @@ def train(arguments, closing):
     # ---- the run folder, new or taken up again -----------------------------------------------------------------------
     if is_resumed:
         folder = Path(config.runs_dir) / config.run_name
-        saved_at = parallel.from_main(lambda: checkpoint.find_checkpoint(folder, config.resume_step), place)
-        checkpoint.read_metadata(saved_at, place)  # refuses damaged files
-        if not checkpoint.is_sharded(saved_at):
-            checkpoint.load_model(model, saved_at)
-        saved = checkpoint.load_training_state(saved_at)
+        saved_at, saved = checkpoint.taken_up(folder, config.resume_step, model, place)
         if saved["stream"] != stream.initial_hash:
             raise UserError(f"run '{folder.name}' was trained on other tokens than {dataset.folder} has; restore those")
         scaler.load_state_dict(saved["scaler"])
@@ -194,10 +190,7 @@ def train(arguments, closing):
     writer = closing.enter_context(checkpoint.WRITERS[config.checkpoint_format](folder, place))
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    to_evaluate = {*due, total_steps}
-    if config.eval_schedule == "interval":
-        to_evaluate = checkpoint.evaluation_steps(total_steps, config.eval_interval)
-    to_save = {*due, *checkpoint.checkpoint_steps(total_steps, config.save_interval)}
+    to_evaluate, to_save = checkpoint.steps_due(config, due, total_steps)
     parameters = list(model.parameters())
     torch.manual_seed(config.seed + place.data_rank)  # for dropout: the same masks whatever was drawn until here
     if is_resumed:
@@ -277,11 +270,7 @@ def train(arguments, closing):
             logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
         if in_a_row >= config.max_non_finite_steps:
             save()
-            raise UserError(
-                f"loss or gradient was not finite {in_a_row} steps in a row, to step {ledger.step}; lower "
-                f"learning_rate={config.learning_rate} and continue with --init_from=resume --run_name={folder.name}, "
-                f"or raise max_non_finite_steps={config.max_non_finite_steps}"
-            )
+            raise ledger.diverged(config, in_a_row, folder.name)
         if ledger.step in to_save:
             save()
         if not is_last and parallel.any_rank(stop.received, place):

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from training_config import scheduled_counts
 from training_parallel import (
     empty_like,
+    from_main,
     gather,
     held,
     held_state,
@@ -54,6 +55,14 @@ def evaluation_steps(total_steps, interval, halvings=3):
 def checkpoint_steps(total_steps, interval):
     """Steps to save after: multiples of the interval (0: none) and the end."""
     return {*(range(interval, total_steps + 1, interval) if interval else ()), total_steps}
+
+
+def steps_due(config, due, total_steps):
+    """(steps to evaluate after, steps to save after), with those of the schedule `due` {step: tokens} in both."""
+    to_evaluate = {*due, total_steps}
+    if config.eval_schedule == "interval":
+        to_evaluate = evaluation_steps(total_steps, config.eval_interval)
+    return to_evaluate, {*due, *checkpoint_steps(total_steps, config.save_interval)}
 
 
 def token_schedule(config, tokens_per_epoch, total_tokens):
@@ -500,6 +509,19 @@ def read_whole(folder):
             parameter, _, key = rest.rpartition(".")
             state["optimizers"][int(index)].setdefault(parameter, {})[key] = tensor
     return weights, state, metadata
+
+
+def taken_up(run_folder, step, model, place):
+    """(folder of a run's checkpoint, its training state), with its weights in the bare model, unless it is sharded.
+
+    Raises:
+        UserError: none is there, it is damaged, or of another architecture.
+    """
+    folder = from_main(lambda: find_checkpoint(run_folder, step), place)
+    read_metadata(folder, place)  # refuses damaged files
+    if not is_sharded(folder):
+        load_model(model, folder)
+    return folder, load_training_state(folder)
 
 
 def load_training_state(folder, device="cpu"):

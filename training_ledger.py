@@ -8,6 +8,8 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
+from user_errors import UserError
+
 # Every evaluation's row has these; what else is in it are scores of the objective's own, such as masked_accuracy.
 EVALUATION_FIELDS = (
     "kind", "step", "tokens_processed", "tokens_scheduled", "stream_hash", "val_loss", "perplexity", "bits_per_byte",
@@ -69,6 +71,14 @@ class Ledger:
         """What an evaluation's row keeps of the training until then."""
         names = ("tokens_processed", "stream_hash", "train_seconds", "train_joules", "flops")
         return {name: getattr(self, name) for name in names}
+
+    def diverged(self, config, n_steps, run_name):
+        """The UserError for a run whose last n_steps were not finite."""
+        return UserError(
+            f"loss or gradient was not finite {n_steps} steps in a row, to step {self.step}; lower "
+            f"learning_rate={config.learning_rate} and continue with --init_from=resume --run_name={run_name}, "
+            f"or raise max_non_finite_steps={config.max_non_finite_steps}"
+        )
 
     def best(self, among=None):
         """The evaluation with the lowest loss, of those at the steps in `among` where it is given; {} where none is."""
