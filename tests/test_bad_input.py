@@ -60,6 +60,11 @@ SETTINGS = [
     ("--gradient_checkpointing=all", ["gradient_checkpointing='all' must be one of none, full, selective"]),
     ("--fsdp_dtype=float16", ["fsdp_dtype='float16' must be one of float32, bfloat16"]),
     ("--compile=yes", ["compile='yes' must be one of True, False, auto"]),
+    ("--fsdp_replicas=2", ["fsdp_replicas=2 is a way to shard; set use_fsdp=True beside it"]),
+    ("--fsdp_cpu_offload=True", ["fsdp_cpu_offload=True is a way to shard; set use_fsdp=True beside it"]),
+    ("--expert_parallel=2", ["expert_parallel=2 is a way to shard; set use_fsdp=True beside it"]),
+    ("--tensor_parallel=0", ["tensor_parallel=0 must be at least 1"]),
+    ("--collective_timeout=0", ["collective_timeout=0 must be at least 1"]),
     # numbers
     ("--n_layer=0", ["n_layer=0 must be at least 1"]),
     ("--n_embd=-16", ["n_embd=-16 must be at least 1"]),

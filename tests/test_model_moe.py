@@ -127,7 +127,7 @@ def test_outputs_and_gradients_are_the_equations(moe, tiny, case):
 def test_sorted_equals_plain(moe, case, shape):
     plain, x = moe(case), inputs(b=shape[0], t=shape[1]).requires_grad_()
     fast = copy.deepcopy(plain)
-    assert grouped.install(fast, CPU) == "sorted" and "forward" in vars(fast.experts)
+    assert grouped.install(fast, CPU) == "sorted" and "combine" in vars(fast.experts)
     torch.testing.assert_close(fast(x), plain(x), **EXACT)
     torch.testing.assert_close(all_gradients(fast(x), fast, x), all_gradients(plain(x), plain, x), **EXACT)
 
@@ -151,7 +151,7 @@ def test_the_check_refuses_products_that_are_wrong(moe, tiny, monkeypatch):
     assert grouped.equals_plain(part.experts, torch.float32, grouped._never)
     monkeypatch.setattr(grouped, "_sum_of_choices", lambda y, inverse: 1.01 * collect(y, inverse))
     assert not grouped.equals_plain(part.experts, torch.float32, grouped._never)
-    assert grouped.install(part, CPU) == "plain" and "forward" not in vars(part.experts)
+    assert grouped.install(part, CPU) == "plain" and "combine" not in vars(part.experts)
     assert grouped.install(ConfigurableGPT(tiny()), CPU) is None
 
 
