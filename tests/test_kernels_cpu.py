@@ -137,7 +137,7 @@ ONE_NODE = {
     "rope": {"position_encoding": "rope"},
     "rope-bias-heads": {"position_encoding": "rope", "bias": True, "head_dim": 6},
     "no-position": {"position_encoding": "none"},
-    "window": {"position_encoding": "rope", "sliding_window": 12},  # wider than the text, so that it hides nothing
+    "window": {"position_encoding": "rope", "sliding_window": 70},  # wider than the text, so that it hides nothing
 }
 
 
@@ -154,15 +154,19 @@ def gradients(model, idx, **more):
 
 
 @needs_onednn
+@pytest.mark.parametrize("tokens", [11, 70], ids=str)
 @pytest.mark.parametrize("changes", ONE_NODE.values(), ids=ONE_NODE)
-def test_one_node_equals_the_parts(tiny, monkeypatch, changes):
-    plain, fast, choice = both(tiny(**changes), monkeypatch)
+def test_one_node_equals_the_parts(tiny, monkeypatch, changes, tokens):
+    plain, fast, choice = both(tiny(**{"block_size": 80, **changes}), monkeypatch)
     assert choice["ffn"] == "one node" and choice["attention"] == "sdpa, one node"
     calls = []
-    for function in (cpu_attention.AttentionFunction, cpu_ffn.StandardFunction, cpu_ffn.GatedFunction):
+    attention = (
+        cpu_attention.ShortAttentionFunction if tokens <= cpu_attention.SHORT else cpu_attention.AttentionFunction
+    )
+    for function in (attention, cpu_ffn.StandardFunction, cpu_ffn.GatedFunction):
         apply = function.apply
         monkeypatch.setattr(function, "apply", lambda *a, apply=apply: calls.append(apply) or apply(*a))
-    idx = torch.randint(29, (3, 12))
+    idx = torch.randint(29, (3, tokens + 1))
     wanted, got = gradients(plain, idx), gradients(fast, idx)
     assert len(calls) == 4  # two in each of two blocks
     for name in wanted:
@@ -201,7 +205,8 @@ def test_what_one_node_does_not_have_stays_in_parts(tiny, monkeypatch, changes, 
 def test_documents_windows_positions_and_other_dtypes_take_the_parts(tiny, monkeypatch):
     plain, fast, choice = both(tiny(position_encoding="rope", sliding_window=3), monkeypatch)
     assert choice["attention"] == "sdpa, one node"
-    monkeypatch.setattr(cpu_attention.AttentionFunction, "apply", lambda *_: pytest.fail("went as one node"))
+    for function in (cpu_attention.AttentionFunction, cpu_attention.ShortAttentionFunction):
+        monkeypatch.setattr(function, "apply", lambda *_: pytest.fail("went as one node"))
     idx = torch.randint(29, (3, 12))
     inputs = [{}, {"document_ids": torch.arange(11).expand(3, 11) // 4}, {"positions": torch.arange(11) + 2}]
     for more in inputs:
