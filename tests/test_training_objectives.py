@@ -1,7 +1,6 @@
 """The loss: chunked equals whole equals F.cross_entropy with both gradients, and sums that are divided once."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from training_objectives import (
     supervised_tokens,
     validation_scores,
 )
+from training_parallel import Place
 from user_errors import UserError
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -520,9 +520,7 @@ class Windows:
 
 
 def place():
-    import contextlib
-
-    return SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1, autocast=contextlib.nullcontext)
+    return Place(torch.device("cpu"), "float32", tf32=False)
 
 
 def test_validation_divides_once(build):
