@@ -42,7 +42,7 @@ from eval_probing import read_probe
 from eval_prompts import Decoding, load_prompts
 from eval_tasks import LossTask, ProbeTask, PromptTask
 from model_builder import ConfigurableGPT
-from training_parallel import find_place
+from training_parallel import place_of_reader
 from training_report import human_count, human_seconds, printable
 from user_errors import Parser, UserError, exit_on_user_error
 
@@ -254,7 +254,7 @@ def evaluate(target, task, device, progress):
     """What the task found of one checkpoint, loaded from its run's folder."""
     settings = configurator.load_run(target.run)
     checkpoint.read_metadata(target.folder)
-    place = find_place(settings.train.replace(device=device, dtype="auto"))
+    place = place_of_reader(settings.train, device)
     material = task.material(target.run, settings)
     model = ConfigurableGPT(settings.model)
     checkpoint.load_model(model, target.folder)

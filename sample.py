@@ -16,7 +16,7 @@ import torch
 import configurator
 import training_checkpoint as checkpoint
 from model_builder import ConfigurableGPT
-from training_parallel import find_place
+from training_parallel import place_of_reader
 from training_report import printable
 from training_tokenizers import load_tokenizer
 from user_errors import Parser, UserError, exit_on_user_error
@@ -35,7 +35,7 @@ def main(arguments):
         )
     saved_at = checkpoint.find_checkpoint(folder, args.step)
     checkpoint.read_metadata(saved_at)
-    place = find_place(settings.train.replace(device=args.device, dtype="auto"))
+    place = place_of_reader(settings.train, args.device)
     tokenizer = load_tokenizer(folder)
     model = ConfigurableGPT(settings.model)
     checkpoint.load_model(model, saved_at)

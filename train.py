@@ -163,7 +163,7 @@ def train(arguments, closing):
         ledger.add_joules(parallel.gather(meter.take_joules(), place))
         state = {
             "ledger": ledger.state(), "scaler": scaler.state_dict(), "stream": stream.initial_hash,
-            "random_states": parallel.gather(checkpoint.random_state(place.device), place),
+            "random_states": parallel.gather(checkpoint.random_state(place.device), place)[:: place.tensor_parallel],
         }  # fmt: skip
         metadata = logging.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
         writer.save(model, optimizers, state, metadata, prune)
@@ -194,8 +194,8 @@ def train(arguments, closing):
     parameters = list(model.parameters())
     torch.manual_seed(config.seed + place.data_rank)  # for dropout: the same masks whatever was drawn until here
     if is_resumed:
-        if place.rank < len(saved["random_states"]):
-            checkpoint.restore_random_state(saved["random_states"][place.rank], place.device)
+        if place.data_rank < len(saved["random_states"]):
+            checkpoint.restore_random_state(saved["random_states"][place.data_rank], place.device)
         log.write_summary(ledger.summary())
         if ledger.step in to_evaluate and not ledger.evaluated_at(ledger.step):
             evaluate()  # the run stopped between saving and evaluating
@@ -206,7 +206,8 @@ def train(arguments, closing):
     in_a_row, t_loop, first_step = 0, time.perf_counter(), ledger.step
     logged_at, since_log, waited, logged_counts = ledger.step, 0.0, 0.0, {}
 
-    while ledger.step < total_steps:
+    is_solved = bool(ledger.evaluations) and dataset.is_solved(ledger.evaluations[-1])
+    while ledger.step < total_steps and not is_solved:
         meter.start()
         micro_batches, wait = loader.next()
         learning_rate = set_learning_rate(optimizers, schedule(ledger.step))
@@ -280,16 +281,15 @@ def train(arguments, closing):
         if ledger.step in to_evaluate:
             evaluate()
             log.write_summary(ledger.summary())
-            if dataset.is_solved(ledger.evaluations[-1]) and not is_last:
+            is_solved = dataset.is_solved(ledger.evaluations[-1])
+            if is_solved and not is_last:
                 log.say(f"solved at step {ledger.step} of {total_steps}: there is no more to learn")
                 save()
-                break
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     if ledger.status == "interrupted":
-        who = stop.name or "another rank"
         how = f"--init_from=resume --run_name={folder.name}"
-        return log.say(f"stopped by {who} at step {ledger.step}; continue with {how}")
+        return log.say(f"stopped by {stop.name or 'another rank'} at step {ledger.step}; continue with {how}")
     ledger.status = "finished"
     if config.sample_tokens:
         log.sample(parallel.whole_model(model, place, config), dataset, config.sample_tokens, config.seed)

@@ -425,15 +425,14 @@ def load_model(model, folder):
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise _corrupt(folder, f"model.safetensors cannot be read ({error})") from None
-    # The heads of an objective stay where the model was built without them, to write text, say
-    own = model.state_dict()
-    tensors = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith("heads.")}
-    _check_architecture(model, {name: tensor.shape for name, tensor in tensors.items()}, folder)
-    model.load_state_dict(tensors, strict=False)  # tied names share the tensor that is loaded
+    shapes = _check_architecture(model, {name: tensor.shape for name, tensor in tensors.items()}, folder)
+    model.load_state_dict({name: tensors[name] for name in shapes}, strict=False)  # a tied tensor is loaded once
 
 
 def _check_architecture(model, shapes, folder):
+    """Those of {name: shape} that are the model's: an objective's heads stay where it was built without them."""
     own = unique_tensors(model)
+    shapes = {name: shape for name, shape in shapes.items() if name in own or not name.startswith("heads.")}
     for name in own:
         if name in shapes and own[name].shape != shapes[name]:
             raise UserError(
@@ -443,6 +442,7 @@ def _check_architecture(model, shapes, folder):
     if set(own) != set(shapes):
         odd = sorted(set(own) ^ set(shapes))[0]
         raise UserError(f"checkpoint {folder} is of another architecture: {odd} is in one and not in the other")
+    return shapes
 
 
 def restore_shards(model, optimizers, folder):
@@ -521,6 +521,11 @@ def taken_up(run_folder, step, model, place):
     read_metadata(folder, place)  # refuses damaged files
     if not is_sharded(folder):
         load_model(model, folder)
+    elif place.tensor_parallel > 1:  # which holds the rows of a fused projection in an order of its own
+        raise UserError(
+            f"tensor_parallel={place.tensor_parallel} cannot read the shards of {folder}; "
+            f"make it whole first: python scripts/convert_checkpoint.py {folder}"
+        )
     return folder, load_training_state(folder)
 
 

@@ -179,6 +179,13 @@ def check_world(config, place):
         )
 
 
+def place_of_reader(config, device):
+    """The Place of one process that reads a run, however many trained it: to write text, or to score it."""
+    alone = {"use_fsdp": False, "use_zero1": False, "fsdp_replicas": 1, "fsdp_cpu_offload": False,
+             "tensor_parallel": 1, "expert_parallel": 1}  # fmt: skip
+    return find_place(config.replace(device=device, dtype="auto", **alone))
+
+
 @contextlib.contextmanager
 def joined(place):
     """Leave the other ranks at the end.

@@ -43,6 +43,8 @@ while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun"; code=$?; done
 exit "$code"
 '
 
+mkdir -p "$runs_dir"
+began=$(mktemp "$runs_dir/.began.XXXXXX")
 srun --kill-on-bad-exit=1 bash -c "$on_each_node" bash "$python" -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc_per_node="$processes" --max-restarts=3 \
     --rdzv_backend=c10d --rdzv_endpoint="$head:$port" --rdzv_id="$SLURM_JOB_ID" \
@@ -50,7 +52,11 @@ srun --kill-on-bad-exit=1 bash -c "$on_each_node" bash "$python" -m torch.distri
     train.py "$@" --run_name="$run" --runs_dir="$runs_dir" --auto_resume=True
 code=$?
 
-if grep -q '"status": "interrupted"' "$runs_dir/$run/summary.json" 2>/dev/null; then
+summary=$runs_dir/$run/summary.json  # of this attempt: one that failed before it wrote any is not tried for ever
+[ "$summary" -nt "$began" ] && grep -q '"status": "interrupted"' "$summary"
+interrupted=$?
+rm -f "$began"
+if [ "$interrupted" = 0 ]; then
     echo "job $SLURM_JOB_ID goes back into the queue"
     exec scontrol requeue "$SLURM_JOB_ID"
 fi

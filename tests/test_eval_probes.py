@@ -294,6 +294,8 @@ def test_a_run_ends_when_the_probe_is_solved_and_a_table_shows_it(workshop, monk
     assert steps_of_checkpoints(folder)[-1] == done["steps"]
     printed = workshop.printed()
     assert f"solved at step {done['steps']} of 300" in printed and "answer_accuracy" in printed
+    workshop.resume(folder)
+    assert summary(folder)["steps"] == done["steps"]  # there is still no more to learn
     record = read_json(folder / "config.json")["dataset"]
     assert (record["name"], record["chance"]) == ("modular_addition+modulus=2+n_terms=1", 0.5)
     assert record["probe"] == {"modulus": 2, "n_terms": 1}

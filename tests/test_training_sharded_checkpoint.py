@@ -266,6 +266,22 @@ def test_weights_of_another_architecture_are_refused(tmp_path, tiny, model, chan
     assert "another architecture" in str(error.value) and words in str(error.value)
 
 
+def test_shards_with_the_heads_of_an_objective_fill_a_model_without(tmp_path, tiny):
+    with_heads = ConfigurableGPT(tiny(), seed=1, heads={"win": 1})
+    folder, bare = save(tmp_path, with_heads), ConfigurableGPT(tiny(), seed=2)
+    checkpoint.load_model(bare, folder)
+    assert all(torch.equal(tensor, with_heads.state_dict()[name]) for name, tensor in bare.state_dict().items())
+
+
+def test_split_rows_neither_write_nor_read_shards(tmp_path, model):
+    with pytest.raises(UserError, match=r"^checkpoint_format=sharded cannot hold .* tensor_parallel=2 keeps rows"):
+        TrainConfig(checkpoint_format="sharded", tensor_parallel=2)
+    save(tmp_path, model)
+    split = Place(torch.device("cpu"), "float32", tf32=False, tensor_parallel=2)
+    with pytest.raises(UserError, match=r"^tensor_parallel=2 cannot read the shards of .*convert_checkpoint\.py"):
+        checkpoint.taken_up(tmp_path, None, model, split)
+
+
 def test_what_is_no_sharded_checkpoint_is_not_converted(workshop, made):
     folder = made / "plain"
     for argument in (folder, folder / "checkpoint-8", folder / "checkpoint-9"):
