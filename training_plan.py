@@ -218,7 +218,7 @@ def dry_run(settings):
     if config.match:
         settings = matching.with_matched_shape(settings)
     with on_meta():
-        model = ConfigurableGPT(settings.model)
+        model = ConfigurableGPT(settings.model, heads=kind.heads)
         flops = flops_per_token(model, head_fraction=kind(model, config).head_fraction)
     check_model(model, place)
     steps, tokens_per_step = length_of(config, settings.model.block_size, facts)
