@@ -15,12 +15,13 @@ from configurator import with_vocabulary
 from model_builder import ConfigurableGPT, notes, on_meta
 from model_config import GPT2_VOCAB_SIZE
 from model_flops import CONVENTION, active_parameters, flops_per_token, published_peak
-from training_data import check_split, tokens_in_epoch
+from training_corpora import CORPUS_REGISTRY, PROBE_REGISTRY
+from training_data import check_split, load_dataset, tokens_in_epoch
 from training_memory import NOT_COUNTED, step_memory
 from training_mesh import check_model, parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
 from training_parallel import DTYPES, Place, check_world, is_sharded, mode, recomputed
-from training_prepare import recipe_of
+from training_prepare import check_absent, check_meets, recipe_of
 from training_report import architecture_tree, first_line, human_bytes, human_count, human_seconds
 from training_token_files import read_meta
 from training_tokenizers import TOKENIZER_REGISTRY
@@ -92,27 +93,63 @@ def place_of(config, target):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of the dataset without reading a token: from meta.json, or before it is prepared from settings."""
+    """What is known of the dataset without reading a token: from meta.json, or before it is prepared from settings.
+
+    Attributes:
+        folder, has_outcomes: as of a Dataset, which objectives look at.
+        n_tokens, n_records: of the training split; None where it is not prepared, or is no records.
+    """
 
     words: str
+    folder: str
     vocab_size: int
-    n_tokens: int | None  # of the training split
+    has_outcomes: bool = False
+    n_tokens: int | None = None
+    n_records: int | None = None
+
+    def tokens_in_epoch(self, block_size):
+        """Tokens of one pass, or None where that is unknown; a record fills a window."""
+        if self.n_records:
+            return self.n_records * block_size
+        return tokens_in_epoch(self.n_tokens, block_size) if self.n_tokens else None
 
 
 def data_facts(settings):
+    """The DataFacts of the dataset that the settings name; a probe needs no preparing.
+
+    Raises:
+        UserError: there is none of that name, its options have no meaning, or a probe's examples do not fit block_size.
+    """
+    if settings.train.dataset in PROBE_REGISTRY:
+        probe = load_dataset(settings.train)
+        probe.check_block_size(settings.model.block_size)
+        return DataFacts(f"{probe.name}, made as it is read", probe.folder, probe.vocab_size, n_tokens=len(probe.train))
     recipe = recipe_of(settings.train)
     meta = read_meta(recipe.folder)
-    if meta is not None:
-        n_tokens = meta["splits"]["train"]["tokens"]
-        return DataFacts(f"{recipe.folder.name}: {human_count(n_tokens)} training tokens", meta["vocab_size"], n_tokens)
-    vocab_size, why = settings.model.vocab_size, "of vocab_size"
-    if vocab_size is None and recipe.tokenizer_vocab_size:
+    if meta is None:
+        check_absent(recipe)
+        return facts_before(settings, recipe)
+    check_meets(meta, recipe)
+    split, has_outcomes = meta["splits"]["train"], meta.get("kind") == "records"
+    words = f"{recipe.folder.name}: {human_count(split['tokens'])} training tokens"
+    n_records = split["documents"] if has_outcomes else None
+    return DataFacts(words, recipe.folder, meta["vocab_size"], has_outcomes, split["tokens"], n_records)
+
+
+def facts_before(settings, recipe):
+    """The DataFacts of a corpus that is not prepared."""
+    corpus = CORPUS_REGISTRY[recipe.dataset]
+    vocab_size, why = corpus.vocab_size(recipe), "of its own tokens"
+    if vocab_size is None and settings.model.vocab_size is not None:
+        vocab_size, why = settings.model.vocab_size, "of vocab_size"
+    elif vocab_size is None and recipe.tokenizer_vocab_size:
         vocab_size, why = recipe.tokenizer_vocab_size, "of tokenizer_vocab_size"
     elif vocab_size is None and recipe.tokenizer == "byte":
         vocab_size, why = TOKENIZER_REGISTRY["byte"].learn().vocab_size, "of bytes"
     elif vocab_size is None:
         vocab_size, why = GPT2_VOCAB_SIZE, "of GPT-2, as nothing says otherwise"
-    return DataFacts(f"{recipe.folder.name}, not prepared; vocabulary {why}", vocab_size, None)
+    words = f"{recipe.folder.name}, not prepared; vocabulary {why}"
+    return DataFacts(words, recipe.folder, vocab_size, corpus.holds_records)
 
 
 def length_of(config, block_size, facts):
@@ -125,7 +162,7 @@ def length_of(config, block_size, facts):
     if config.max_tokens is None and config.epochs is not None:
         if facts.n_tokens is None:
             raise UserError(f"epochs={config.epochs} of data that is not prepared is no length; set max_tokens instead")
-        steps_per_epoch = tokens_in_epoch(facts.n_tokens, block_size) / tokens_per_step
+        steps_per_epoch = facts.tokens_in_epoch(block_size) / tokens_per_step
     return config.total_steps(tokens_per_step, steps_per_epoch), tokens_per_step
 
 
@@ -214,6 +251,7 @@ def dry_run(settings):
     check_world(config, place)
     check_split(config.sequences_per_step, config.batch_size, place.data_size)
     facts, kind = data_facts(settings), OBJECTIVE_REGISTRY[config.objective]
+    kind.check_dataset(facts)
     settings = with_vocabulary(settings, facts.vocab_size + kind.extra_tokens(config))
     if config.match:
         settings = matching.with_matched_shape(settings)
@@ -243,7 +281,8 @@ def run_rows(settings, model, flops, facts, steps, tokens_per_step, place):
     """[(name, text)]: the model, the data, a step and the run."""
     config, tokens = settings.train, steps * tokens_per_step
     accumulation = config.gradient_accumulation_steps
-    epochs = f", {tokens / facts.n_tokens:.2f} epochs" if facts.n_tokens else ""
+    per_epoch = facts.tokens_in_epoch(flops.context)
+    epochs = f", {tokens / per_epoch:.2f} epochs" if per_epoch else ""
     return [
         ("model", f"{model.config.architecture_name()}, {active_parameters(model):,} parameters active"),
         ("FLOPs/token", f"{human_count(flops.training)} for training at {flops.context} tokens"),

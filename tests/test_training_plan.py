@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import train
+import training_games
+from eval_probes import make_probe
 from model_builder import ConfigurableGPT
 from model_flops import flops_per_token
 from training_config import TrainConfig
 from training_helpers import book, workshop  # noqa: F401
 from training_parallel import Place
-from training_plan import TARGETS, activations_sent, bytes_sent, place_of, step_time
+from training_plan import TARGETS, DataFacts, activations_sent, bytes_sent, length_of, place_of, step_time
 
 SMALL = ("--arch_preset=llama", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=16", "--dry_run=True")
 
@@ -100,12 +102,30 @@ def test_of_prepared_data_meta_json_is_enough(workshop):  # noqa: F811
     folder.mkdir(parents=True)
     split = {"tokens": 16 * 1001, "sha256": ""}
     meta = {"format": 1, "fingerprint": "", "splits": {"train": split, "val": split}, "dtype": "uint16",
-            "vocab_size": 99, "tokenizer": {}, "token_bytes": None}  # fmt: skip
+            "vocab_size": 99, "tokenizer": {"name": "byte"}, "token_bytes": None}  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")  # and no train.bin beside it
     rows = plan(workshop, "--target_n_gpu=1", "--epochs=1", "--batch_size=10")
     assert rows["dataset"] == "python_stdlib: 16k training tokens; no token was read"
     assert rows["run"].startswith("100 steps, 16k tokens, 1.00 epochs")
     assert rows["communication"] == "none: one device"
+
+
+def embedded(workshop, *arguments):  # noqa: F811
+    """Rows of the token embedding in the plan's tree."""
+    train.main([*SMALL, f"--data_dir={workshop.folder / 'nowhere'}", "--target_n_gpu=1", *arguments])
+    return int(workshop.printed().split("token embedding ")[1].split(" x ")[0].replace(",", ""))
+
+
+def test_the_vocabulary_of_what_needs_no_tokenizer(workshop):  # noqa: F811
+    assert embedded(workshop, "--dataset=mqar", "--n_pairs=2") == make_probe("mqar", n_pairs=2).vocab_size
+    assert embedded(workshop, "--dataset=games", "--objective=lm_plus_win") == training_games.VOCAB_SIZE
+    assert embedded(workshop, "--dataset=games", "--input=mine.jsonl", "--tokenizer_vocab_size=500") == 500
+
+
+def test_an_epoch_of_records_is_a_window_for_each():
+    facts = DataFacts("", "", 9, has_outcomes=True, n_tokens=700, n_records=30)
+    config = TrainConfig(batch_size=5, epochs=2.0)
+    assert length_of(config, 16, facts) == (2 * 30 / 5, 5 * 16)
 
 
 def test_what_does_not_fit_says_what_would_help(workshop):  # noqa: F811
@@ -127,6 +147,9 @@ def test_experts_and_encoders_have_plans(workshop):  # noqa: F811
     (["--target_gpu=h10"], "target_gpu='h10' is not known; did you mean 'h100'? (known: b200, h200, h100"),
     (["--epochs=2", "--target_n_gpu=1"], "epochs=2.0 of data that is not prepared is no length; set max_tokens"),
     (["--target_n_gpu=3"], "gradient_accumulation_steps=1 does not divide among 3 ranks"),
+    (["--dataset=mqr", "--target_n_gpu=1"], "dataset='mqr' does not exist; did you mean 'mqar'?"),
+    (["--dataset=mqar", "--n_pairs=9", "--target_n_gpu=1"], "block_size=16 is too short for dataset='mqar'"),
+    (["--objective=lm_plus_win", "--target_n_gpu=1"], "objective='lm_plus_win' predicts an outcome, and "),
     (["--target_n_gpu=0"], "target_n_gpu=0 must be at least 1"),
     (["--target_mfu=1.5"], "target_mfu=1.5 must lie in (0, 1]"),
     (["--target_gpu=v100", "--dtype=bfloat16", "--target_n_gpu=1"], "is not a unit that a V100 has"),
