@@ -170,12 +170,12 @@ def length_of(config, block_size, facts):
 
 
 def bytes_sent(weights, config, place):
-    """{what: bytes that each rank sends in a step} of weights and gradients, in rings (Patarasuk & Yuan 2009).
+    """{kind: bytes that each rank sends in a step} of weights and gradients, in rings (Patarasuk & Yuan 2009).
 
     An all-reduce of n bytes over p ranks costs each 2 n (p - 1) / p, a gather or a scatter half of that. DDP sums
     gradients once a step; ZeRO-1 sends updated weights besides; FSDP2 gathers weights before forward, again before
     backward where they were freed, and scatters gradients, in every micro-batch. With replicas (HSDP) it does so within
-    one of them, and sums the scattered gradients over all.
+    one of them, and 'replicas' is the sum of the scattered gradients over all.
 
     Args:
         weights: bytes of the model in float32, without what `tensor_parallel` leaves to other ranks.
@@ -188,15 +188,17 @@ def bytes_sent(weights, config, place):
         return {"gradients": 2 * share} | ({"weights": share} if config.use_zero1 else {})
     n_micro_batches, n_shards = config.gradient_accumulation_steps // place.data_size, place.data_size // place.replicas
     gathers = n_micro_batches * (2 if config.fsdp_reshard_after_forward else 1)
-    over_replicas = 2 * weights / n_shards * shares[place.replicas]
-    return {
+    sent = {
         "weights": gathers * weights * shares[n_shards] * DTYPES[config.fsdp_dtype].itemsize / 4,
-        "gradients": n_micro_batches * (weights * shares[n_shards] + over_replicas),
+        "gradients": n_micro_batches * weights * shares[n_shards],
+        "replicas": n_micro_batches * 2 * weights / n_shards * shares[place.replicas],
     }  # fmt: skip
+    return {kind: size for kind, size in sent.items() if size}
 
 
 def activations_sent(model, config, place):
-    """{'activations': bytes that each rank sends in a step} for what `tensor_parallel` and `expert_parallel` split.
+    """{'activations', 'experts': bytes that each rank sends in a step} for what `tensor_parallel` and
+    `expert_parallel` split.
 
     Of a split part the output is summed over the ranks in forward and the gradient of its input in backward (Megatron,
     2019, section 3). A choice of an expert goes to the rank that has it, and back, in forward and in backward; with an
@@ -205,13 +207,28 @@ def activations_sent(model, config, place):
     n_tokens = config.batch_size * model.config.block_size * (config.gradient_accumulation_steps // place.data_size)
     width = n_tokens * model.config.n_embd * DTYPES[place.dtype].itemsize
     tensor, expert = (n if n > 1 else 0 for n in (place.tensor_parallel, place.expert_parallel))
-    sent = 0
+    sent = {}
     if tensor:
-        sent += len(parts_with(model, "split_columns")) * 2 * 2 * width * (tensor - 1) / tensor
+        sent["activations"] = len(parts_with(model, "split_columns")) * 2 * 2 * width * (tensor - 1) / tensor
     if expert:
         choices = sum(part.options.experts_per_token for part in model.modules() if hasattr(part, "experts"))
-        sent += choices * 4 * width * (expert - 1) / expert
-    return {"activations": sent} if sent else {}
+        sent["experts"] = choices * 4 * width * (expert - 1) / expert
+    return sent
+
+
+def crosses_nodes(place):
+    """{kind of what is sent: whether ranks of several nodes take part}.
+
+    Neighbours split a layer, the next dimensions of the mesh are experts, shards and replicas (`Place.mesh`). So many
+    ranks in a row stay within a node where they divide it evenly, and a ring is as slow as its slowest link.
+    """
+    shards = place.world_size // place.replicas
+    in_a_row = {
+        "weights": shards, "gradients": shards, "replicas": place.world_size,
+        "activations": place.tensor_parallel, "experts": place.expert_parallel * place.tensor_parallel,
+    }  # fmt: skip
+    is_one_node = place.world_size <= RANKS_PER_NODE
+    return {kind: not is_one_node and RANKS_PER_NODE % n != 0 for kind, n in in_a_row.items()}
 
 
 @dataclass(frozen=True)
@@ -227,14 +244,19 @@ class StepTime:
 
 
 def step_time(flops, n_layers_again, n_layer, tokens_per_step, sent, target, config, place):
-    """StepTime, with the forward of blocks that are computed again among the arithmetic."""
+    """StepTime, with the forward of blocks that are computed again among the arithmetic.
+
+    Args:
+        sent: {kind: bytes}, which each rank sends one after another, each over the link that its ranks have.
+    """
     peak = published_peak(target.name, place.precision)
     if peak is None:
         raise UserError(f"dtype={config.dtype!r} is not a unit that a {target.name} has; choose another dtype")
     blocks = flops.forward - flops.linear["head"]
     work = (flops.training + blocks * n_layers_again / n_layer) * tokens_per_step
-    bandwidth = target.link if place.world_size <= RANKS_PER_NODE else target.network
-    return StepTime(work / (place.world_size * peak * config.target_mfu), sum(sent.values()) / bandwidth)
+    crosses = crosses_nodes(place)
+    seconds = sum(size / (target.network if crosses[kind] else target.link) for kind, size in sent.items())
+    return StepTime(work / (place.world_size * peak * config.target_mfu), seconds)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -297,6 +319,8 @@ def run_rows(settings, model, flops, facts, steps, tokens_per_step, place):
 def assumption_rows(config, target, place):
     peak = human_count(published_peak(target.name, place.precision))
     split = [("", "activations as without tensor_parallel, which splits some")] if place.tensor_parallel > 1 else []
+    if place.expert_parallel > 1:
+        split.append(("", "weights gathered as without expert_parallel, which leaves experts where they are"))
     return [
         ("assumed", f"{100 * config.target_mfu:.3g}% of {peak}FLOP/s on each device (target_mfu), recomputed blocks "
                     "included"),
@@ -340,7 +364,9 @@ def advice(config, kinds):
 
 
 def time_rows(time, sent, steps, place):
-    kinds = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in sent.items())
+    crosses = crosses_nodes(place)
+    where = {kind: "between nodes" if crosses[kind] else "within a node" for kind in sent}
+    kinds = ", ".join(f"{kind} {human_bytes(size)} {where[kind]}" for kind, size in sent.items())
     bound = "computing" if time.compute >= time.communication else "sending"
     hours = steps * time.seconds / 3600
     return [

@@ -37,7 +37,9 @@ def test_what_each_rank_sends(settings, n, sent):
 def test_replicas_gather_within_and_sum_shards_without():
     config = TrainConfig(gradient_accumulation_steps=8, use_fsdp=True, fsdp_replicas=2)
     # two micro-batches on each of 4; half of 1000 is sent to the other shard, and 2 x 500 x 1/2 between the replicas
-    assert bytes_sent(1000, config, ranks(4, replicas=2)) == {"weights": 2 * 2 * 500, "gradients": 2 * (500 + 500)}
+    sent = bytes_sent(1000, config, ranks(4, replicas=2))
+    assert sent == {"weights": 2 * 2 * 500, "gradients": 2 * 500, "replicas": 2 * 500}
+    assert "weights" not in bytes_sent(1000, config, ranks(2, replicas=2))  # each has them whole
 
 
 def test_what_split_layers_send(tiny):
@@ -48,7 +50,7 @@ def test_what_split_layers_send(tiny):
     # 4 micro-batches, 4 parts that are split, forward and backward, and 2 (n - 1) / n for an all-reduce over 2
     assert activations_sent(dense, config, ranks(2, tensor=2)) == {"activations": 4 * 4 * 2 * width}
     # 2 micro-batches on each, 2 choices in 2 blocks, there and back in both passes, half of them to the other rank
-    assert activations_sent(mixture, config, ranks(2, expert=2)) == {"activations": 2 * 4 * 4 * width / 2}
+    assert activations_sent(mixture, config, ranks(2, expert=2)) == {"experts": 2 * 4 * 4 * width / 2}
 
 
 def test_the_time_of_a_step_is_the_longer_of_two(tiny):
@@ -61,6 +63,26 @@ def test_the_time_of_a_step_is_the_longer_of_two(tiny):
     assert again.compute == pytest.approx(one.compute * (1 + blocks / flops.training))
     assert again.seconds == again.communication == 1.0
     assert step_time(flops, 0, 2, 1000, {"gradients": 450e9}, target, config, ranks(16)).seconds == 9.0  # the network
+
+
+@pytest.mark.parametrize("n, shape, within", [
+    (8, {}, {"weights", "gradients", "replicas", "activations", "experts"}),
+    (16, {}, {"activations", "experts"}),
+    (16, {"replicas": 2}, {"weights", "gradients", "activations", "experts"}),
+    (32, {"replicas": 2}, {"activations", "experts"}),  # 16 shards
+    (32, {"replicas": 8, "tensor": 2}, {"weights", "gradients", "activations", "experts"}),
+    (32, {"tensor": 8, "expert": 2}, {"activations"}),  # 16 ranks in a row share experts
+    (32, {"tensor": 16}, set()),
+    (12, {"tensor": 3}, set()),  # ranks 6, 7 and 8 share a layer, over two nodes
+])  # fmt: skip
+def test_each_kind_of_traffic_has_the_link_of_its_own_ranks(tiny, n, shape, within):
+    config, target = TrainConfig(), TARGETS["h100"]
+    flops, place = flops_per_token(ConfigurableGPT(tiny())), ranks(n, **shape)
+    for kind in ("weights", "gradients", "replicas", "activations", "experts"):
+        time = step_time(flops, 0, 2, 1000, {kind: 450e9}, target, config, place)
+        assert time.communication == (1.0 if kind in within else 9.0), kind
+    both = step_time(flops, 0, 2, 1000, {"weights": 450e9, "replicas": 50e9}, target, config, ranks(16, replicas=2))
+    assert both.communication == 1.0 + 1.0
 
 
 @pytest.mark.parametrize("gpu, dtype, precision", [
