@@ -20,7 +20,7 @@ from training_data import check_split, load_dataset, tokens_in_epoch
 from training_memory import NOT_COUNTED, step_memory
 from training_mesh import check_model, parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
-from training_parallel import DTYPES, Place, check_world, is_sharded, mode, recomputed
+from training_parallel import DTYPES, Place, check_world, is_sharded, is_split, mode, recomputed
 from training_prepare import check_absent, check_meets, recipe_of
 from training_report import architecture_tree, first_line, human_bytes, human_count, human_seconds
 from training_token_files import read_meta
@@ -292,6 +292,7 @@ def dry_run(settings):
         ("devices", f"{place.world_size} x {target.name}, {place.precision}, {mode(config, place)}, "
                     f"gradient_checkpointing={config.gradient_checkpointing}"),
         *memory_rows(settings, place, target),
+        *start_rows(model, config, place, target),
         *time_rows(time, sent, steps, place),
         *assumption_rows(config, target, place),
         *(("note", note) for note in notes(settings.model)),
@@ -347,6 +348,18 @@ def memory_rows(settings, place, target):
     if memory.peak > target.memory:
         rows.append(("", f"DOES NOT FIT a {target.name}: {advice(settings.train, memory.kinds)}"))
     return rows
+
+
+def start_rows(model, config, place, target):
+    """[(name, text)]: what a rank needs before weights are divided, as each builds all of them in float32 (`train.py`).
+
+    No rank needs more than in a step where none is divided.
+    """
+    if not is_split(config, place):
+        return []
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+    fits = "" if whole <= target.memory else f"; DOES NOT START on a {target.name}"
+    return [("at the start", f"{human_bytes(whole)} on each device: the whole model, before it is divided{fits}")]
 
 
 def advice(config, kinds):

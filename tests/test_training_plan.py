@@ -159,6 +159,17 @@ def test_what_does_not_fit_says_what_would_help(workshop):  # noqa: F811
     assert "use_fsdp=True shards" in rows["memory"]
 
 
+def test_a_model_is_whole_before_it_is_divided(workshop):  # noqa: F811
+    sharded = ("--target_gpu=rtx4090", "--target_n_gpu=16", "--use_fsdp=True", "--gradient_accumulation_steps=16")
+    assert "at the start" not in plan(workshop, "--target_n_gpu=1")
+    assert "DOES NOT" not in plan(workshop, *sharded)["at the start"]
+    wide = ("--n_embd=16384", "--n_head=128", "--n_layer=3", "--batch_size=1", "--fsdp_dtype=bfloat16")
+    start = plan(workshop, *sharded, *wide)["at the start"]
+    n = 3 * 12 * 16384**2
+    assert float(start.split(" GiB")[0]) * 2**30 == pytest.approx(4 * n, rel=0.02)
+    assert start.endswith("DOES NOT START on a RTX 4090")
+
+
 def test_experts_and_encoders_have_plans(workshop):  # noqa: F811
     for preset, objective in (("moe", "causal_lm"), ("bert", "masked_lm"), ("lstm", "causal_lm")):
         rows = plan(workshop, f"--arch_preset={preset}", f"--objective={objective}", "--target_n_gpu=1")
