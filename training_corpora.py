@@ -67,6 +67,11 @@ class Corpus:
             raise UserError(f"input={str(input)!r} does not exist; give the path of a local copy of {self.name}")
 
     @classmethod
+    def vocab_size(cls, recipe):
+        """The size of the vocabulary where the tokens are the corpus's own, None where a tokenizer gives it."""
+        return None
+
+    @classmethod
     def check_variant(cls, variant):
         """The variant itself, or the default for None; an unknown one is refused."""
         if variant is None:
@@ -327,7 +332,8 @@ class Games(Corpus):
             )
         return (cls.check_variant(variant) if settings.input is None else None), vocab_size
 
-    def vocab_size(self, recipe):
+    @classmethod
+    def vocab_size(cls, recipe):
         return recipe.tokenizer_vocab_size or training_games.VOCAB_SIZE
 
     def records(self, vocab_size, advance):

@@ -137,7 +137,8 @@ def step_memory(settings, place):
 
 def bare_objective(settings, place):
     """The objective over a model that computes as it would at this place, with its blocks checkpointed as asked."""
-    model = ConfigurableGPT(settings.model)
+    kind = OBJECTIVE_REGISTRY[settings.train.objective]
+    model = ConfigurableGPT(settings.model, heads=kind.heads)
     if place.device.type == "cpu" and settings.train.kernel_backend == "auto":
         cpu_norm.install(model)
     grouped.install_without_data(model)
@@ -145,13 +146,12 @@ def bare_objective(settings, place):
         if hasattr(module, "without_data"):
             module.without_data()
     checkpoint_activations(model, settings.train)
-    return OBJECTIVE_REGISTRY[settings.train.objective](model, settings.train)
+    return kind(model, settings.train)
 
 
 def example_batch(objective, settings):
     """A micro-batch as the objective takes it, of real zeros: preparing one may look at its values."""
-    zeros = torch.zeros(settings.train.batch_size, settings.model.block_size, dtype=torch.int64)
-    batch = {"inputs": zeros, "targets": zeros, "window": zeros[:, 0]}
+    batch = objective.example(settings.train.batch_size, settings.model.block_size)
     return objective.prepare(batch, settings.train.seed)
 
 

@@ -56,6 +56,12 @@ class Objective(nn.Module):
     def check_dataset(cls, dataset):
         """Refuse a dataset that lacks what the objective needs, with a UserError."""
 
+    @classmethod
+    def example(cls, batch_size, block_size):
+        """A micro-batch of zeros with all that a stream may have for this objective, to count what a step holds."""
+        zeros = torch.zeros(batch_size, block_size, dtype=torch.int64)
+        return {"inputs": zeros, "targets": zeros, "window": zeros[:, 0]}
+
     def prepare(self, batch, key):
         """The batch as `forward` takes it, computed on the CPU while the batch before it trains.
 
@@ -154,6 +160,11 @@ class LMPlusWin(CausalLM):
                 f"objective='lm_plus_win' predicts an outcome, and {dataset.folder} has none; use --dataset=games (of "
                 "your own: --input=FILE.jsonl), or objective='causal_lm'"
             )
+
+    @classmethod
+    def example(cls, batch_size, block_size):
+        records = {"outcomes": torch.zeros(batch_size), "chances": torch.zeros(batch_size, block_size)}
+        return super().example(batch_size, block_size) | records
 
     def scoring(self):
         """Losses of different weights are different losses."""

@@ -15,12 +15,13 @@ from configurator import with_vocabulary
 from model_builder import ConfigurableGPT, notes, on_meta
 from model_config import GPT2_VOCAB_SIZE
 from model_flops import CONVENTION, active_parameters, flops_per_token, published_peak
-from training_data import check_split, tokens_in_epoch
+from training_corpora import CORPUS_REGISTRY, PROBE_REGISTRY
+from training_data import check_split, load_dataset, tokens_in_epoch
 from training_memory import NOT_COUNTED, step_memory
 from training_mesh import check_model, parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
-from training_parallel import DTYPES, Place, check_world, is_sharded, mode, recomputed
-from training_prepare import recipe_of
+from training_parallel import DTYPES, Place, check_world, is_sharded, is_split, mode, recomputed
+from training_prepare import check_absent, check_meets, recipe_of
 from training_report import architecture_tree, first_line, human_bytes, human_count, human_seconds
 from training_token_files import read_meta
 from training_tokenizers import TOKENIZER_REGISTRY
@@ -92,27 +93,63 @@ def place_of(config, target):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of the dataset without reading a token: from meta.json, or before it is prepared from settings."""
+    """What is known of the dataset without reading a token: from meta.json, or before it is prepared from settings.
+
+    Attributes:
+        folder, has_outcomes: as of a Dataset, which objectives look at.
+        n_tokens, n_records: of the training split; None where it is not prepared, or is no records.
+    """
 
     words: str
+    folder: str
     vocab_size: int
-    n_tokens: int | None  # of the training split
+    has_outcomes: bool = False
+    n_tokens: int | None = None
+    n_records: int | None = None
+
+    def tokens_in_epoch(self, block_size):
+        """Tokens of one pass, or None where that is unknown; a record fills a window."""
+        if self.n_records:
+            return self.n_records * block_size
+        return tokens_in_epoch(self.n_tokens, block_size) if self.n_tokens else None
 
 
 def data_facts(settings):
+    """The DataFacts of the dataset that the settings name; a probe needs no preparing.
+
+    Raises:
+        UserError: there is none of that name, its options have no meaning, or a probe's examples do not fit block_size.
+    """
+    if settings.train.dataset in PROBE_REGISTRY:
+        probe = load_dataset(settings.train)
+        probe.check_block_size(settings.model.block_size)
+        return DataFacts(f"{probe.name}, made as it is read", probe.folder, probe.vocab_size, n_tokens=len(probe.train))
     recipe = recipe_of(settings.train)
     meta = read_meta(recipe.folder)
-    if meta is not None:
-        n_tokens = meta["splits"]["train"]["tokens"]
-        return DataFacts(f"{recipe.folder.name}: {human_count(n_tokens)} training tokens", meta["vocab_size"], n_tokens)
-    vocab_size, why = settings.model.vocab_size, "of vocab_size"
-    if vocab_size is None and recipe.tokenizer_vocab_size:
+    if meta is None:
+        check_absent(recipe)
+        return facts_before(settings, recipe)
+    check_meets(meta, recipe)
+    split, has_outcomes = meta["splits"]["train"], meta.get("kind") == "records"
+    words = f"{recipe.folder.name}: {human_count(split['tokens'])} training tokens"
+    n_records = split["documents"] if has_outcomes else None
+    return DataFacts(words, recipe.folder, meta["vocab_size"], has_outcomes, split["tokens"], n_records)
+
+
+def facts_before(settings, recipe):
+    """The DataFacts of a corpus that is not prepared."""
+    corpus = CORPUS_REGISTRY[recipe.dataset]
+    vocab_size, why = corpus.vocab_size(recipe), "of its own tokens"
+    if vocab_size is None and settings.model.vocab_size is not None:
+        vocab_size, why = settings.model.vocab_size, "of vocab_size"
+    elif vocab_size is None and recipe.tokenizer_vocab_size:
         vocab_size, why = recipe.tokenizer_vocab_size, "of tokenizer_vocab_size"
     elif vocab_size is None and recipe.tokenizer == "byte":
         vocab_size, why = TOKENIZER_REGISTRY["byte"].learn().vocab_size, "of bytes"
     elif vocab_size is None:
         vocab_size, why = GPT2_VOCAB_SIZE, "of GPT-2, as nothing says otherwise"
-    return DataFacts(f"{recipe.folder.name}, not prepared; vocabulary {why}", vocab_size, None)
+    words = f"{recipe.folder.name}, not prepared; vocabulary {why}"
+    return DataFacts(words, recipe.folder, vocab_size, corpus.holds_records)
 
 
 def length_of(config, block_size, facts):
@@ -125,7 +162,7 @@ def length_of(config, block_size, facts):
     if config.max_tokens is None and config.epochs is not None:
         if facts.n_tokens is None:
             raise UserError(f"epochs={config.epochs} of data that is not prepared is no length; set max_tokens instead")
-        steps_per_epoch = tokens_in_epoch(facts.n_tokens, block_size) / tokens_per_step
+        steps_per_epoch = facts.tokens_in_epoch(block_size) / tokens_per_step
     return config.total_steps(tokens_per_step, steps_per_epoch), tokens_per_step
 
 
@@ -133,12 +170,12 @@ def length_of(config, block_size, facts):
 
 
 def bytes_sent(weights, config, place):
-    """{what: bytes that each rank sends in a step} of weights and gradients, in rings (Patarasuk & Yuan 2009).
+    """{kind: bytes that each rank sends in a step} of weights and gradients, in rings (Patarasuk & Yuan 2009).
 
     An all-reduce of n bytes over p ranks costs each 2 n (p - 1) / p, a gather or a scatter half of that. DDP sums
     gradients once a step; ZeRO-1 sends updated weights besides; FSDP2 gathers weights before forward, again before
     backward where they were freed, and scatters gradients, in every micro-batch. With replicas (HSDP) it does so within
-    one of them, and sums the scattered gradients over all.
+    one of them, and 'replicas' is the sum of the scattered gradients over all.
 
     Args:
         weights: bytes of the model in float32, without what `tensor_parallel` leaves to other ranks.
@@ -151,15 +188,17 @@ def bytes_sent(weights, config, place):
         return {"gradients": 2 * share} | ({"weights": share} if config.use_zero1 else {})
     n_micro_batches, n_shards = config.gradient_accumulation_steps // place.data_size, place.data_size // place.replicas
     gathers = n_micro_batches * (2 if config.fsdp_reshard_after_forward else 1)
-    over_replicas = 2 * weights / n_shards * shares[place.replicas]
-    return {
+    sent = {
         "weights": gathers * weights * shares[n_shards] * DTYPES[config.fsdp_dtype].itemsize / 4,
-        "gradients": n_micro_batches * (weights * shares[n_shards] + over_replicas),
+        "gradients": n_micro_batches * weights * shares[n_shards],
+        "replicas": n_micro_batches * 2 * weights / n_shards * shares[place.replicas],
     }  # fmt: skip
+    return {kind: size for kind, size in sent.items() if size}
 
 
 def activations_sent(model, config, place):
-    """{'activations': bytes that each rank sends in a step} for what `tensor_parallel` and `expert_parallel` split.
+    """{'activations', 'experts': bytes that each rank sends in a step} for what `tensor_parallel` and
+    `expert_parallel` split.
 
     Of a split part the output is summed over the ranks in forward and the gradient of its input in backward (Megatron,
     2019, section 3). A choice of an expert goes to the rank that has it, and back, in forward and in backward; with an
@@ -168,13 +207,28 @@ def activations_sent(model, config, place):
     n_tokens = config.batch_size * model.config.block_size * (config.gradient_accumulation_steps // place.data_size)
     width = n_tokens * model.config.n_embd * DTYPES[place.dtype].itemsize
     tensor, expert = (n if n > 1 else 0 for n in (place.tensor_parallel, place.expert_parallel))
-    sent = 0
+    sent = {}
     if tensor:
-        sent += len(parts_with(model, "split_columns")) * 2 * 2 * width * (tensor - 1) / tensor
+        sent["activations"] = len(parts_with(model, "split_columns")) * 2 * 2 * width * (tensor - 1) / tensor
     if expert:
         choices = sum(part.options.experts_per_token for part in model.modules() if hasattr(part, "experts"))
-        sent += choices * 4 * width * (expert - 1) / expert
-    return {"activations": sent} if sent else {}
+        sent["experts"] = choices * 4 * width * (expert - 1) / expert
+    return sent
+
+
+def crosses_nodes(place):
+    """{kind of what is sent: whether ranks of several nodes take part}.
+
+    Neighbours split a layer, the next dimensions of the mesh are experts, shards and replicas (`Place.mesh`). So many
+    ranks in a row stay within a node where they divide it evenly, and a ring is as slow as its slowest link.
+    """
+    shards = place.world_size // place.replicas
+    in_a_row = {
+        "weights": shards, "gradients": shards, "replicas": place.world_size,
+        "activations": place.tensor_parallel, "experts": place.expert_parallel * place.tensor_parallel,
+    }  # fmt: skip
+    is_one_node = place.world_size <= RANKS_PER_NODE
+    return {kind: not is_one_node and RANKS_PER_NODE % n != 0 for kind, n in in_a_row.items()}
 
 
 @dataclass(frozen=True)
@@ -190,14 +244,19 @@ class StepTime:
 
 
 def step_time(flops, n_layers_again, n_layer, tokens_per_step, sent, target, config, place):
-    """StepTime, with the forward of blocks that are computed again among the arithmetic."""
+    """StepTime, with the forward of blocks that are computed again among the arithmetic.
+
+    Args:
+        sent: {kind: bytes}, which each rank sends one after another, each over the link that its ranks have.
+    """
     peak = published_peak(target.name, place.precision)
     if peak is None:
         raise UserError(f"dtype={config.dtype!r} is not a unit that a {target.name} has; choose another dtype")
     blocks = flops.forward - flops.linear["head"]
     work = (flops.training + blocks * n_layers_again / n_layer) * tokens_per_step
-    bandwidth = target.link if place.world_size <= RANKS_PER_NODE else target.network
-    return StepTime(work / (place.world_size * peak * config.target_mfu), sum(sent.values()) / bandwidth)
+    crosses = crosses_nodes(place)
+    seconds = sum(size / (target.network if crosses[kind] else target.link) for kind, size in sent.items())
+    return StepTime(work / (place.world_size * peak * config.target_mfu), seconds)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -214,11 +273,12 @@ def dry_run(settings):
     check_world(config, place)
     check_split(config.sequences_per_step, config.batch_size, place.data_size)
     facts, kind = data_facts(settings), OBJECTIVE_REGISTRY[config.objective]
+    kind.check_dataset(facts)
     settings = with_vocabulary(settings, facts.vocab_size + kind.extra_tokens(config))
     if config.match:
         settings = matching.with_matched_shape(settings)
     with on_meta():
-        model = ConfigurableGPT(settings.model)
+        model = ConfigurableGPT(settings.model, heads=kind.heads)
         flops = flops_per_token(model, head_fraction=kind(model, config).head_fraction)
     check_model(model, place)
     steps, tokens_per_step = length_of(config, settings.model.block_size, facts)
@@ -232,6 +292,7 @@ def dry_run(settings):
         ("devices", f"{place.world_size} x {target.name}, {place.precision}, {mode(config, place)}, "
                     f"gradient_checkpointing={config.gradient_checkpointing}"),
         *memory_rows(settings, place, target),
+        *start_rows(model, config, place, target),
         *time_rows(time, sent, steps, place),
         *assumption_rows(config, target, place),
         *(("note", note) for note in notes(settings.model)),
@@ -243,7 +304,8 @@ def run_rows(settings, model, flops, facts, steps, tokens_per_step, place):
     """[(name, text)]: the model, the data, a step and the run."""
     config, tokens = settings.train, steps * tokens_per_step
     accumulation = config.gradient_accumulation_steps
-    epochs = f", {tokens / facts.n_tokens:.2f} epochs" if facts.n_tokens else ""
+    per_epoch = facts.tokens_in_epoch(flops.context)
+    epochs = f", {tokens / per_epoch:.2f} epochs" if per_epoch else ""
     return [
         ("model", f"{model.config.architecture_name()}, {active_parameters(model):,} parameters active"),
         ("FLOPs/token", f"{human_count(flops.training)} for training at {flops.context} tokens"),
@@ -258,6 +320,8 @@ def run_rows(settings, model, flops, facts, steps, tokens_per_step, place):
 def assumption_rows(config, target, place):
     peak = human_count(published_peak(target.name, place.precision))
     split = [("", "activations as without tensor_parallel, which splits some")] if place.tensor_parallel > 1 else []
+    if place.expert_parallel > 1:
+        split.append(("", "weights gathered as without expert_parallel, which leaves experts where they are"))
     return [
         ("assumed", f"{100 * config.target_mfu:.3g}% of {peak}FLOP/s on each device (target_mfu), recomputed blocks "
                     "included"),
@@ -286,6 +350,18 @@ def memory_rows(settings, place, target):
     return rows
 
 
+def start_rows(model, config, place, target):
+    """[(name, text)]: what a rank needs before weights are divided, as each builds all of them in float32 (`train.py`).
+
+    No rank needs more than in a step where none is divided.
+    """
+    if not is_split(config, place):
+        return []
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+    fits = "" if whole <= target.memory else f"; DOES NOT START on a {target.name}"
+    return [("at the start", f"{human_bytes(whole)} on each device: the whole model, before it is divided{fits}")]
+
+
 def advice(config, kinds):
     """What to change, the largest kind first."""
     if kinds["activations"] == max(kinds.values()):
@@ -301,7 +377,9 @@ def advice(config, kinds):
 
 
 def time_rows(time, sent, steps, place):
-    kinds = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in sent.items())
+    crosses = crosses_nodes(place)
+    where = {kind: "between nodes" if crosses[kind] else "within a node" for kind in sent}
+    kinds = ", ".join(f"{kind} {human_bytes(size)} {where[kind]}" for kind, size in sent.items())
     bound = "computing" if time.compute >= time.communication else "sending"
     hours = steps * time.seconds / 3600
     return [

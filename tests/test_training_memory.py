@@ -74,6 +74,14 @@ def test_without_data_it_counts_what_the_same_step_with_data_holds(preset, train
     assert memory.kinds["activations"] == pytest.approx(real.most_activations, rel=0.03)
 
 
+@pytest.mark.parametrize("name", list(OBJECTIVE_REGISTRY))
+def test_every_objective_has_a_number(name):
+    settings = settings_of("bert" if name == "masked_lm" else "gpt2", {"objective": name})
+    heads = OBJECTIVE_REGISTRY[name].heads
+    n_more = sum(n * (settings.model.n_embd + 1) for n in heads.values())  # weights and a bias for each output
+    assert step_memory(settings, ALONE).kinds["weights"] == 4 * (n_parameters(settings) + n_more)
+
+
 def test_weights_gradients_and_two_moments():
     settings = settings_of()
     n, memory = n_parameters(settings), step_memory(settings, ALONE)

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import train
+import training_games
+from eval_probes import make_probe
 from model_builder import ConfigurableGPT
 from model_flops import flops_per_token
 from training_config import TrainConfig
 from training_helpers import book, workshop  # noqa: F401
 from training_parallel import Place
-from training_plan import TARGETS, activations_sent, bytes_sent, place_of, step_time
+from training_plan import TARGETS, DataFacts, activations_sent, bytes_sent, length_of, place_of, step_time
 
 SMALL = ("--arch_preset=llama", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=16", "--dry_run=True")
 
@@ -35,7 +37,9 @@ def test_what_each_rank_sends(settings, n, sent):
 def test_replicas_gather_within_and_sum_shards_without():
     config = TrainConfig(gradient_accumulation_steps=8, use_fsdp=True, fsdp_replicas=2)
     # two micro-batches on each of 4; half of 1000 is sent to the other shard, and 2 x 500 x 1/2 between the replicas
-    assert bytes_sent(1000, config, ranks(4, replicas=2)) == {"weights": 2 * 2 * 500, "gradients": 2 * (500 + 500)}
+    sent = bytes_sent(1000, config, ranks(4, replicas=2))
+    assert sent == {"weights": 2 * 2 * 500, "gradients": 2 * 500, "replicas": 2 * 500}
+    assert "weights" not in bytes_sent(1000, config, ranks(2, replicas=2))  # each has them whole
 
 
 def test_what_split_layers_send(tiny):
@@ -46,7 +50,7 @@ def test_what_split_layers_send(tiny):
     # 4 micro-batches, 4 parts that are split, forward and backward, and 2 (n - 1) / n for an all-reduce over 2
     assert activations_sent(dense, config, ranks(2, tensor=2)) == {"activations": 4 * 4 * 2 * width}
     # 2 micro-batches on each, 2 choices in 2 blocks, there and back in both passes, half of them to the other rank
-    assert activations_sent(mixture, config, ranks(2, expert=2)) == {"activations": 2 * 4 * 4 * width / 2}
+    assert activations_sent(mixture, config, ranks(2, expert=2)) == {"experts": 2 * 4 * 4 * width / 2}
 
 
 def test_the_time_of_a_step_is_the_longer_of_two(tiny):
@@ -59,6 +63,26 @@ def test_the_time_of_a_step_is_the_longer_of_two(tiny):
     assert again.compute == pytest.approx(one.compute * (1 + blocks / flops.training))
     assert again.seconds == again.communication == 1.0
     assert step_time(flops, 0, 2, 1000, {"gradients": 450e9}, target, config, ranks(16)).seconds == 9.0  # the network
+
+
+@pytest.mark.parametrize("n, shape, within", [
+    (8, {}, {"weights", "gradients", "replicas", "activations", "experts"}),
+    (16, {}, {"activations", "experts"}),
+    (16, {"replicas": 2}, {"weights", "gradients", "activations", "experts"}),
+    (32, {"replicas": 2}, {"activations", "experts"}),  # 16 shards
+    (32, {"replicas": 8, "tensor": 2}, {"weights", "gradients", "activations", "experts"}),
+    (32, {"tensor": 8, "expert": 2}, {"activations"}),  # 16 ranks in a row share experts
+    (32, {"tensor": 16}, set()),
+    (12, {"tensor": 3}, set()),  # ranks 6, 7 and 8 share a layer, over two nodes
+])  # fmt: skip
+def test_each_kind_of_traffic_has_the_link_of_its_own_ranks(tiny, n, shape, within):
+    config, target = TrainConfig(), TARGETS["h100"]
+    flops, place = flops_per_token(ConfigurableGPT(tiny())), ranks(n, **shape)
+    for kind in ("weights", "gradients", "replicas", "activations", "experts"):
+        time = step_time(flops, 0, 2, 1000, {kind: 450e9}, target, config, place)
+        assert time.communication == (1.0 if kind in within else 9.0), kind
+    both = step_time(flops, 0, 2, 1000, {"weights": 450e9, "replicas": 50e9}, target, config, ranks(16, replicas=2))
+    assert both.communication == 1.0 + 1.0
 
 
 @pytest.mark.parametrize("gpu, dtype, precision", [
@@ -100,12 +124,30 @@ def test_of_prepared_data_meta_json_is_enough(workshop):  # noqa: F811
     folder.mkdir(parents=True)
     split = {"tokens": 16 * 1001, "sha256": ""}
     meta = {"format": 1, "fingerprint": "", "splits": {"train": split, "val": split}, "dtype": "uint16",
-            "vocab_size": 99, "tokenizer": {}, "token_bytes": None}  # fmt: skip
+            "vocab_size": 99, "tokenizer": {"name": "byte"}, "token_bytes": None}  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")  # and no train.bin beside it
     rows = plan(workshop, "--target_n_gpu=1", "--epochs=1", "--batch_size=10")
     assert rows["dataset"] == "python_stdlib: 16k training tokens; no token was read"
     assert rows["run"].startswith("100 steps, 16k tokens, 1.00 epochs")
     assert rows["communication"] == "none: one device"
+
+
+def embedded(workshop, *arguments):  # noqa: F811
+    """Rows of the token embedding in the plan's tree."""
+    train.main([*SMALL, f"--data_dir={workshop.folder / 'nowhere'}", "--target_n_gpu=1", *arguments])
+    return int(workshop.printed().split("token embedding ")[1].split(" x ")[0].replace(",", ""))
+
+
+def test_the_vocabulary_of_what_needs_no_tokenizer(workshop):  # noqa: F811
+    assert embedded(workshop, "--dataset=mqar", "--n_pairs=2") == make_probe("mqar", n_pairs=2).vocab_size
+    assert embedded(workshop, "--dataset=games", "--objective=lm_plus_win") == training_games.VOCAB_SIZE
+    assert embedded(workshop, "--dataset=games", "--input=mine.jsonl", "--tokenizer_vocab_size=500") == 500
+
+
+def test_an_epoch_of_records_is_a_window_for_each():
+    facts = DataFacts("", "", 9, has_outcomes=True, n_tokens=700, n_records=30)
+    config = TrainConfig(batch_size=5, epochs=2.0)
+    assert length_of(config, 16, facts) == (2 * 30 / 5, 5 * 16)
 
 
 def test_what_does_not_fit_says_what_would_help(workshop):  # noqa: F811
@@ -115,6 +157,17 @@ def test_what_does_not_fit_says_what_would_help(workshop):  # noqa: F811
         workshop, "--target_gpu=rtx4090", "--target_n_gpu=1", "--batch_size=1", "--n_embd=16384", "--n_head=128"
     )
     assert "use_fsdp=True shards" in rows["memory"]
+
+
+def test_a_model_is_whole_before_it_is_divided(workshop):  # noqa: F811
+    sharded = ("--target_gpu=rtx4090", "--target_n_gpu=16", "--use_fsdp=True", "--gradient_accumulation_steps=16")
+    assert "at the start" not in plan(workshop, "--target_n_gpu=1")
+    assert "DOES NOT" not in plan(workshop, *sharded)["at the start"]
+    wide = ("--n_embd=16384", "--n_head=128", "--n_layer=3", "--batch_size=1", "--fsdp_dtype=bfloat16")
+    start = plan(workshop, *sharded, *wide)["at the start"]
+    n = 3 * 12 * 16384**2
+    assert float(start.split(" GiB")[0]) * 2**30 == pytest.approx(4 * n, rel=0.02)
+    assert start.endswith("DOES NOT START on a RTX 4090")
 
 
 def test_experts_and_encoders_have_plans(workshop):  # noqa: F811
@@ -127,6 +180,9 @@ def test_experts_and_encoders_have_plans(workshop):  # noqa: F811
     (["--target_gpu=h10"], "target_gpu='h10' is not known; did you mean 'h100'? (known: b200, h200, h100"),
     (["--epochs=2", "--target_n_gpu=1"], "epochs=2.0 of data that is not prepared is no length; set max_tokens"),
     (["--target_n_gpu=3"], "gradient_accumulation_steps=1 does not divide among 3 ranks"),
+    (["--dataset=mqr", "--target_n_gpu=1"], "dataset='mqr' does not exist; did you mean 'mqar'?"),
+    (["--dataset=mqar", "--n_pairs=9", "--target_n_gpu=1"], "block_size=16 is too short for dataset='mqar'"),
+    (["--objective=lm_plus_win", "--target_n_gpu=1"], "objective='lm_plus_win' predicts an outcome, and "),
     (["--target_n_gpu=0"], "target_n_gpu=0 must be at least 1"),
     (["--target_mfu=1.5"], "target_mfu=1.5 must lie in (0, 1]"),
     (["--target_gpu=v100", "--dtype=bfloat16", "--target_n_gpu=1"], "is not a unit that a V100 has"),
