@@ -1,4 +1,4 @@
-"""What evaluate.py found of the runs of a ranking: prompts, tasks of the harness, and where the loss comes from.
+"""What evaluate.py found of the runs of a ranking: prompts, the harness's tasks, probes, where the loss comes from.
 
     for found in findings_of(ranking):            # one for each kind of evaluation that some run has a line of
         found.columns, found.rows                 # a table, one row for each configuration, means over seeds
@@ -120,9 +120,35 @@ def harness_asked(line):
     return f"{some(list(tasks), 4)} (lm_eval {line.get('harness')}{limit})", repr(sorted(versions.items(), key=str))
 
 
+def probe_rows(line):
+    rows = line.get("probes")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def probe_numbers(line):
+    """The accuracy of each probe, under a name that says what chance would give; zero-shot is a column of its own."""
+    found = {}
+    for row in probe_rows(line):
+        chance, how = number(row.get("chance")), " zero-shot" if row.get("zero_shot") else ""
+        beside = "" if chance is None else f" (by chance {percent(chance)})"
+        found[f"{row.get('probe')}{how}{beside}"] = number(row.get("accuracy")), percent
+    return found
+
+
+def probe_panels(line):
+    return {"probes": {name: value for name, (value, _) in probe_numbers(line).items()}}
+
+
+def probes_asked(line):
+    each = [f"{row.get('probe')} in {row.get('block_size')} tokens{' zero-shot' if row.get('zero_shot') else ''}"
+            for row in probe_rows(line)]  # fmt: skip
+    return f"{some(each, 4)}, {line.get('examples')} examples of each", repr(sorted(each))
+
+
 KINDS = {
     "prompts": Kind("Prompts", "share", prompt_numbers, prompt_panels, prompts_asked),
     "lm_eval": Kind("Tasks of the harness", "share", harness_numbers, harness_panels, harness_asked),
+    "probes": Kind("Probes", "share of answers that are right", probe_numbers, probe_panels, probes_asked),
     "loss": Kind("Anatomy of the loss", "nats per token", loss_numbers, loss_panels, loss_asked),
 }
 SHOWN_PANELS = {"loss": ("context", "recall", "frequency", "position")}  # of the others all

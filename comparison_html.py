@@ -46,6 +46,8 @@ EVAL_TOLD = {
     "prompts": "What each wrote after short prompts (score: of the points; passed: of the prompts), and how often the "
     "best answer was likelier per byte than every wrong one (chosen). Higher is better.",
     "lm_eval": "One metric of each task. Perplexities and bits are better low, all others high.",
+    "probes": "The share of answers that are right in small tasks with a known answer, beside what guessing gives. "
+    "zero-shot: of a run that was not trained on the task. Higher is better.",
     "loss": "The validation loss of the last checkpoint by the length of the context, by whether the token before and "
     "the target stood side by side earlier (seen, new), by how frequent the target is in training, and by how much "
     "text stands before it. Nats per token; lower is better.",

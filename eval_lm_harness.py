@@ -345,6 +345,9 @@ class HarnessTask:
     def material(self, run_folder, settings):
         return load_tokenizer(run_folder)
 
+    def check(self, model, tokenizer):
+        """Nothing: what the harness asks is known when it asks."""
+
     def ask(self, model, tokenizer, progress):
         """{task: table} as `tables_of`; {} where the logits are not finite."""
         run = HarnessRun(model, tokenizer, self.seed, progress)

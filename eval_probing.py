@@ -18,6 +18,7 @@ from training_data import IGNORE_INDEX
 from user_errors import UserError
 
 BATCH_TOKENS = 2**13  # that a forward pass reads
+HEAD_TOKENS = 2**10  # whose logits are held at a time
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ def ask_probe(model, asked, n_examples, vocab_size, own=None):
     Raises:
         UserError: a probe that this model cannot be asked.
     """
+    check_can_ask(model, asked, vocab_size, own)
     probe, T = asked.probe, asked.block_size or model.config.block_size
     is_own = own is not None and own.kind == probe.kind
-    check_can_ask(model, asked, T, vocab_size, own)
     answers, correct = np.zeros(T, dtype=np.int64), np.zeros(T, dtype=np.int64)
     rows, was_training = max(1, BATCH_TOKENS // T), model.training
     model.eval()
@@ -90,16 +91,17 @@ def ask_probe(model, asked, n_examples, vocab_size, own=None):
         if not is_own:
             symbols = draws.distinct("tokens", vocab_size, probe.vocab_size)  # (B, V): the token of each symbol
             inputs = np.take_along_axis(symbols, inputs, axis=1)
-        said = answers_of(model, torch.from_numpy(inputs), symbols, probe.answers)
-        answers += (targets != IGNORE_INDEX).sum(0)
+        is_due = targets != IGNORE_INDEX  # (B, T)
+        said = answers_of(model, torch.from_numpy(inputs), torch.from_numpy(is_due), symbols, probe.answers)
+        answers += is_due.sum(0)
         correct += (said == targets).sum(0)
     model.train(was_training)
     return ProbeResult(asked, T, not is_own, answers, correct)
 
 
-def check_can_ask(model, asked, T, vocab_size, own):
-    """Refuse, in a sentence, what this model cannot be asked."""
-    probe, limit = asked.probe, model.context_limit()
+def check_can_ask(model, asked, vocab_size, own):
+    """Refuse, in a sentence, what this model cannot be asked; its weights are not read."""
+    probe, T, limit = asked.probe, asked.block_size or model.config.block_size, model.context_limit()
     probe.check_block_size(T)
     if model.position_embedding is not None and limit < T:
         raise UserError(
@@ -124,16 +126,27 @@ def check_can_ask(model, asked, T, vocab_size, own):
 
 
 @torch.no_grad()
-def answers_of(model, inputs, symbols, answers):
-    """(B, T) int64 array: what the model answers at each place, as a symbol of the probe.
+def answers_of(model, inputs, is_due, symbols, answers):
+    """(B, T) int64 array: what the model answers where an answer is due, as a symbol of the probe; -1 elsewhere.
+
+    The head reads those places alone, HEAD_TOKENS at a time: it is most of the work and the memory where a vocabulary
+    is large.
 
     Args:
+        is_due: (B, T) truths.
         symbols: (B, V) the token that stands for each symbol, or None where tokens are the symbols.
         answers: range of the symbols that an answer may be.
     """
-    logits = model.logits(model.hidden_states(inputs.to(model.head.weight.device))).float().cpu()  # (B, T, vocabulary)
+    device, n = model.head.weight.device, int(is_due.sum(1).max())
+    places = is_due.int().argsort(dim=1, descending=True, stable=True)[:, :n]  # (B, K): those due, then fillers
+    hidden = model.hidden_states(inputs.to(device), places=places.to(device)).flatten(0, 1)  # (B K, C)
     if symbols is None:
-        return logits.argmax(-1).numpy()
-    tokens = torch.from_numpy(symbols[:, answers.start : answers.stop])  # (B, A)
-    of_answers = logits.gather(2, tokens[:, None].expand(-1, inputs.size(1), -1))
-    return answers.start + of_answers.argmax(-1).numpy()
+        said = [model.logits(piece).float().cpu().argmax(-1) for piece in hidden.split(HEAD_TOKENS)]
+    else:
+        tokens = torch.from_numpy(symbols[:, answers.start : answers.stop]).repeat_interleave(n, dim=0)  # (B K, A)
+        said = [
+            answers.start + model.logits(piece).float().gather(1, own.to(device)).cpu().argmax(-1)
+            for piece, own in zip(hidden.split(HEAD_TOKENS), tokens.split(HEAD_TOKENS), strict=True)
+        ]
+    found = torch.full(inputs.shape, -1).scatter_(1, places, torch.cat(said).view(places.shape))
+    return torch.where(is_due, found, -1).numpy()

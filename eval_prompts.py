@@ -277,16 +277,32 @@ def tokens_of(result, tokenizer):
         return None
 
 
+def check_prompts(model, tokenizer, prompts):
+    """Refuse what `run_prompts` would; the model's weights are not read.
+
+    Raises:
+        UserError: an answer that is as long as the context.
+    """
+    asked = [row for prompt in prompts if (row := tokens_of(PromptResult(prompt), tokenizer))]
+    check_lengths(asked, model.context_limit())
+
+
+def check_lengths(asked, limit):
+    for result, _, answers in asked:
+        longest = max(map(len, answers.values()), default=0)
+        if limit and longest >= limit:
+            raise UserError(
+                f"prompt '{result.prompt.id}' has an answer of {longest} tokens and the context is {limit}; "
+                "shorten it, or train with a larger block_size"
+            )
+
+
 def score_answers(model, tokenizer, asked):
     """Fill `nats_per_byte`: sequences of one length share a forward pass, so that nothing is padded."""
     limit, by_length = model.context_limit(), defaultdict(list)
+    check_lengths(asked, limit)
     for result, prompt_ids, answers in asked:
         for text, ids in answers.items():
-            if limit and len(ids) >= limit:
-                raise UserError(
-                    f"prompt '{result.prompt.id}' has an answer of {len(ids)} tokens and the context is {limit}; "
-                    "shorten it, or train with a larger block_size"
-                )
             whole = prompt_ids + ids
             if limit and len(whole) > limit:
                 whole = whole[-limit:]

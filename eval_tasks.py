@@ -1,8 +1,8 @@
 """What evaluate.py may ask of a checkpoint: prompts, or where its loss comes from. Each knows its files and its table.
 
-A task has `material(run_folder, settings)`, what it needs beside the model; `ask(model, material, progress)`; and, of
-what that returned, `record` (for evals.jsonl), `notes`, `panels` (for the figure), `cells` (for the table) and `write`
-(the CSV files).
+A task has `material(run_folder, settings)`, what it needs beside the model; `check(model, material)`, which refuses
+what can be refused before weights are read; `ask(model, material, progress)`; and, of what that returned, `record` (for
+evals.jsonl), `notes`, `panels` (for the figure), `cells` (for the table) and `write` (the CSV files).
 """
 
 import csv
@@ -12,8 +12,8 @@ from dataclasses import asdict
 
 from eval_loss import measure_loss, multiples_for, position_labels
 from eval_probes import Probe
-from eval_probing import ask_probe
-from eval_prompts import breakdown, run_prompts, totals
+from eval_probing import ask_probe, check_can_ask
+from eval_prompts import breakdown, check_prompts, run_prompts, totals
 from training_corpora import PROBE_REGISTRY
 from training_data import load_dataset
 from training_tokenizers import load_tokenizer
@@ -32,6 +32,9 @@ class PromptTask:
 
     def material(self, run_folder, settings):
         return load_tokenizer(run_folder)
+
+    def check(self, model, tokenizer):
+        check_prompts(model, tokenizer, self.prompts.prompts)
 
     def ask(self, model, tokenizer, progress):
         """[PromptResult] in the order of the file."""
@@ -113,20 +116,21 @@ class LossTask:
         dataset = load_dataset(settings.train)
         if dataset.has_outcomes:
             raise UserError(
-                f"run '{run_folder.name}' was trained on records ({dataset.folder}), which cannot be cut into other "
+                f"it was trained on records ({dataset.folder}), which cannot be cut into other "
                 "contexts; its own evaluations have its scores: compare_architectures.py shows them"
             )
         record = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
         if isinstance(dataset, Probe):
             raise UserError(
-                f"run '{run_folder.name}' was trained on the probe '{dataset.name}', which has no text to take apart; "
+                f"it was trained on the probe '{dataset.name}', which has no text to take apart; "
                 f"ask it with --probes {dataset.name}"
             )
         if record.get("dataset", {}).get("fingerprint") != dataset.fingerprint:
-            raise UserError(
-                f"run '{run_folder.name}' was trained on other tokens than {dataset.folder} has; restore those"
-            )
+            raise UserError(f"it was trained on other tokens than {dataset.folder} has; restore those")
         return dataset
+
+    def check(self, model, dataset):
+        """Nothing: any causal model can be asked about the text that it was trained on."""
 
     def ask(self, model, dataset, progress):
         """({(part, group): Tally}, why not all contexts were read)."""
@@ -186,6 +190,10 @@ class ProbeTask:
         record = json.loads((run_folder / "config.json").read_text(encoding="utf-8")).get("dataset", {})
         own = load_dataset(settings.train) if settings.train.dataset in PROBE_REGISTRY else None
         return record.get("vocab_size") or settings.model.vocab_size, own
+
+    def check(self, model, material):
+        for asked in self.probes:
+            check_can_ask(model, asked, *material)
 
     def ask(self, model, material, progress):
         """[ProbeResult] in the order of the command line."""

@@ -41,7 +41,7 @@ from eval_lm_harness import HarnessTask
 from eval_probing import read_probe
 from eval_prompts import Decoding, load_prompts
 from eval_tasks import LossTask, ProbeTask, PromptTask
-from model_builder import ConfigurableGPT
+from model_builder import ConfigurableGPT, on_meta
 from training_parallel import place_of_reader
 from training_report import human_count, human_seconds, printable
 from user_errors import Parser, UserError, exit_on_user_error
@@ -132,41 +132,58 @@ def check(args):
     args.at_tokens = [token_count(text.strip()) for text in (args.at_tokens or "").split(",") if text.strip()]
 
 
-def find_targets(args):
+def find_targets(args, task):
     """([Target], problems): the checkpoints asked for, and a line for each run that was left out.
 
-    A run that was named has to be fit; where all runs are taken, those that are not cost a line each.
+    A run that was named has to be fit for the task; where all runs are taken, those that are not cost a line each.
+    Nothing is asked before all are known to be fit.
+
+    Raises:
+        UserError: no run that is fit, or one that was named is not.
     """
     folders = named_folders(Path(args.runs_dir), args.run_names) or all_run_folders(Path(args.runs_dir))
     if not folders:
         raise UserError(f"no runs found in {args.runs_dir}; train one: python train.py")
     targets, problems = [], []
     for folder in folders:
-        found, problem = (targets_of(folder, args), None) if args.run_names else targets_or_problem(folder, args)
+        found, reason = targets_or_reason(folder, args, task)
+        if reason and args.run_names:
+            raise UserError(f"run '{folder.name}': {reason}")
         targets += found
-        problems += [problem] if problem else []
+        problems += [f"{folder.name} was left out: {reason}"] if reason else []
     if not targets:
-        raise UserError(problems[0] + (f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""))
+        raise UserError(all_left_out(problems))
     return targets, problems + unshared(targets)
 
 
-def targets_or_problem(folder, args):
-    """([Target], None), or ([], why a run cannot be evaluated)."""
+def all_left_out(problems):
+    return problems[0] + (f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else "")
+
+
+def targets_or_reason(folder, args, task):
+    """([Target], ''), or ([], why a run cannot be evaluated)."""
     try:
-        return targets_of(folder, args), None
+        return targets_of(folder, args, task), ""
     except UserError as error:
-        return [], f"{folder.name} was left out: {error}"
+        return [], str(error)
 
 
-def targets_of(folder, args):
-    """[Target] of one run."""
+def targets_of(folder, args, task):
+    """[Target] of one run.
+
+    Raises:
+        UserError: the run cannot be asked, or has no such checkpoint.
+    """
     settings = configurator.load_run(folder)
     if not settings.model.causal:
         raise UserError(
-            f"run '{folder.name}' has causal=False and objective='{settings.train.objective}': it fills gaps and "
-            "cannot write on from a prompt"
+            f"it has causal=False and objective='{settings.train.objective}': it fills gaps, and only models that "
+            "read from left to right are asked"
         )
     checkpoint.find_checkpoint(folder, args.checkpoint_step)  # one sentence where there is none
+    with on_meta():
+        model = ConfigurableGPT(settings.model)
+    task.check(model, task.material(folder, settings))
     found = [read_target(folder, step, path) for step, path in checkpoint.list_checkpoints(folder)]
     if args.at_tokens:
         return list(dict.fromkeys(at_count(found, count) for count in args.at_tokens))
@@ -191,7 +208,7 @@ def at_count(found, count):
         return nearest
     there = ", ".join(f"{each.tokens:,}" for each in found)
     raise UserError(
-        f"run '{nearest.run.name}' has no checkpoint at {count:,} tokens; it has {there}; "
+        f"it has no checkpoint at {count:,} tokens, only at {there}; "
         "train with --checkpoint_tokens to save at the counts that you want"
     )
 
@@ -215,16 +232,10 @@ def unshared(targets):
 def main(arguments):
     args = parse(arguments)
     task = task_of(args)
-    targets, problems = find_targets(args)
+    targets, problems = find_targets(args, task)
     folder = fresh_folder(args.out_dir)
-    progress, evaluated = Progress(len(targets)), []
-    for target in targets:
-        progress.begin(f"{target.run.name} {target.folder.name}")
-        results = evaluate(target, task, args.device, progress)
-        append_line(target.run / "evals.jsonl", line_of(target, task.record(results)))
-        evaluated.append((target, results))
-        problems += [f"{target.run.name}: {note}" for note in task.notes(results)]
-    progress.end()
+    evaluated, told = ask_all(targets, task, args.device)
+    problems += told
     places = [(place_of(target), results) for target, results in evaluated]
     files = ["summary_table.md", *task.write(places, folder)]
     if not args.no_plots:
@@ -237,6 +248,32 @@ def main(arguments):
     print(
         f"\n{printable(text)}\nWrote {', '.join(files)} to {folder.as_posix()}/, and a line to each run's evals.jsonl"
     )
+
+
+def ask_all(targets, task, device):
+    """([(Target, results)], lines to be told), with a line in evals.jsonl for each that was scored.
+
+    What only shows when a checkpoint is asked, such as weights that cannot be read, leaves it out with a line, so that
+    it does not cost what the others found.
+
+    Raises:
+        UserError: none could be scored.
+    """
+    progress, evaluated, failed, notes = Progress(len(targets)), [], [], []
+    for target in targets:
+        progress.begin(f"{target.run.name} {target.folder.name}")
+        try:
+            results = evaluate(target, task, device, progress)
+        except UserError as error:
+            failed.append(f"{target.run.name} {target.folder.name} was left out: {error}")
+            continue
+        append_line(target.run / "evals.jsonl", line_of(target, task.record(results)))
+        evaluated.append((target, results))
+        notes += [f"{target.run.name}: {note}" for note in task.notes(results)]
+    progress.end()
+    if not evaluated:
+        raise UserError(all_left_out(failed))
+    return evaluated, failed + notes
 
 
 def task_of(args):

@@ -1,16 +1,22 @@
 """comparison_evals.py: what evaluate.py found stands beside the loss, in every form of the report."""
 
 import csv
+import inspect
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 import compare_architectures
-from comparison_evals import eval_problems, findings_of, groups_of
+import eval_lm_harness
+import eval_tasks
+from comparison_evals import KINDS, eval_problems, findings_of, groups_of
 from comparison_helpers import make_run
+from comparison_html import EVAL_TOLD
 from comparison_ranking import rank
 from comparison_runs import find_runs
+from eval_prompts import Decoding, Prompt, PromptFile, PromptResult
 
 PLACE = {"format": 1, "checkpoint": "checkpoint-100", "step": 100, "tokens_processed": 76_800}
 
@@ -48,6 +54,15 @@ def harness_line(value=0.75, **more):
     return {**PLACE, "kind": "lm_eval", "harness": "0.4.13", "limit": None, "seed": 1, "tasks": tasks, **more}
 
 
+def probe_line(accuracy=0.5, **more):
+    def row(name, **changed):
+        return {"probe": name, "block_size": 64, "zero_shot": True, "accuracy": accuracy, "chance": 0.25,
+                "answers": 80, **changed}  # fmt: skip
+
+    rows = [row("induction+n_symbols=4"), row("parity", chance=0.5, accuracy=1.0, zero_shot=False)]
+    return {**PLACE, "kind": "probes", "examples": 20, "probes": rows, **more}
+
+
 def append(folder, *lines):
     with open(folder / "evals.jsonl", "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -81,6 +96,54 @@ def test_tables_of_means_over_seeds(runs_dir):
                        "nats/byte": "1.5000"}  # fmt: skip
     harness = dict(zip(found["lm_eval"].columns, found["lm_eval"].rows[0][1], strict=True))
     assert harness == {"mmlu acc": "75.0%", "piqa acc": "75.0%", "wiki bits_per_byte": "1.25"}
+
+
+@pytest.mark.parametrize("Task", [
+    cls for module in (eval_tasks, eval_lm_harness) for cls in vars(module).values()
+    if inspect.isclass(cls) and cls.__module__ == module.__name__ and hasattr(cls, "record")
+])  # fmt: skip
+def test_every_evaluation_that_is_written_is_read(monkeypatch, Task):
+    for name in ("harness", "task_manager"):  # the package may not be there
+        monkeypatch.setattr(eval_lm_harness, name, lambda *given: None)
+    made = {"PromptTask": (prompts_of_one(), Decoding()), "LossTask": (1,), "ProbeTask": ([], 1), "HarnessTask": ([],)}
+    found = {"PromptTask": [PromptResult(prompts_of_one().prompts[0])], "LossTask": ({}, ""), "ProbeTask": [],
+             "HarnessTask": {}}  # fmt: skip
+    kind = Task(*made[Task.__name__]).record(found[Task.__name__])["kind"]
+    assert kind in KINDS and kind in EVAL_TOLD
+
+
+def prompts_of_one():
+    return PromptFile(Path("p.json"), "ab", (Prompt("fox", "the quick", ("fox",)),))
+
+
+def test_probes_stand_beside_chance(runs_dir, tmp_path, capsys):
+    for name, accuracy in (("a1", 0.5), ("a2", 0.75), ("b", 0.3)):
+        append(runs_dir / name, probe_line(accuracy))
+    found, ranking = found_in(runs_dir)
+    assert list(found) == ["prompts", "lm_eval", "probes", "loss"]
+    probes, (a, b) = found["probes"], ranking.configurations
+    zero_shot = "induction+n_symbols=4 zero-shot (by chance 25.0%)"
+    assert probes.columns == [zero_shot, "parity (by chance 50.0%)"] and probes.rows[1][1] == ["30.0%", "100.0%"]
+    assert probes.rows[0][1][0].startswith("62.5% ± ") and probes.note.endswith("20 examples of each")
+    assert probes.panels["probes"][a][zero_shot] == [0.5, 0.75] and probes.panels["probes"][b][zero_shot] == [0.3]
+    out = compare(runs_dir, tmp_path / "out")
+    page, printed = (out / "report.html").read_text("utf-8"), re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"{zero_shot} 30.0% · parity (by chance 50.0%) 100.0%" in printed and zero_shot in page
+    with open(out / "evaluations.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "probes" and row["part"] == "summary"]
+    assert [float(row["value"]) for row in rows if row["group"] == zero_shot] == [0.5, 0.75, 0.3]
+
+
+@pytest.mark.parametrize("changed", [{"zero_shot": False}, {"block_size": 128}], ids=str)
+def test_probes_asked_differently_cost_a_line(runs_dir, changed):
+    append(runs_dir / "a1", probe_line())
+    append(runs_dir / "a2", probe_line(0.9))
+    assert eval_problems(find_runs(runs_dir)[0]) == []
+    line = probe_line()
+    line["probes"][0].update(changed)
+    append(runs_dir / "b", line)
+    (problem,) = eval_problems(find_runs(runs_dir)[0])
+    assert problem.startswith("probes: runs were asked differently: induction+n_symbols=4 in 64 tokens zero-shot, ")
 
 
 def test_panels_hold_a_number_of_each_run(runs_dir):
@@ -156,7 +219,8 @@ def test_without_evaluations_nothing_changes(tmp_path, capsys):
 @pytest.mark.parametrize("line", [
     {**PLACE, "kind": "loss"}, {**PLACE, "kind": "loss", "parts": {"recall": 3, "whole": {"all": None}}},
     {**PLACE, "kind": "prompts", "score": 0.5}, {**PLACE, "kind": "lm_eval", "tasks": {"x": {}, "y": 2}},
-    {**PLACE, "kind": "other"}, {**PLACE, "kind": ["x"]},
+    {**PLACE, "kind": "probes"}, {**PLACE, "kind": "probes", "probes": [3, {}, {"probe": "x", "accuracy": "y"}]},
+    {**PLACE, "kind": "probes", "probes": 3}, {**PLACE, "kind": "other"}, {**PLACE, "kind": ["x"]},
 ], ids=str)  # fmt: skip
 def test_a_line_that_lacks_what_it_should_have_leaves_a_gap(tmp_path, line):
     append(make_run(tmp_path / "runs", "a", seed=1), line)

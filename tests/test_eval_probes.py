@@ -14,6 +14,7 @@ import torch
 import compare_architectures
 import configurator
 import eval_probes
+import eval_probing
 import evaluate
 import train
 from comparison_runs import find_runs
@@ -390,11 +391,11 @@ class Copier(torch.nn.Module):
     def context_limit(self):
         return None
 
-    def hidden_states(self, idx):
+    def hidden_states(self, idx, places):
         T = idx.size(1)
         earlier = (idx[:, :, None] == idx[:, None, :]) & (torch.arange(T)[:, None] > torch.arange(T)[None, :])
         first = earlier.float().argmax(-1)  # (B, T)
-        return torch.where(earlier.any(-1), idx.gather(1, (first + 1).clamp(max=T - 1)), 0)
+        return torch.where(earlier.any(-1), idx.gather(1, (first + 1).clamp(max=T - 1)), 0).gather(1, places)
 
     def logits(self, hidden):
         return torch.nn.functional.one_hot(hidden, self.head.out_features).float()
@@ -423,8 +424,32 @@ def test_zero_shot_only_what_may_be_an_answer_counts(tiny):
             return -torch.arange(5.0).expand(*hidden.shape, 5)
 
     symbols = np.array([[0, 4, 2, 3]])  # symbols 1 to 3 are answers
-    said = answers_of(Fixed(5, tiny()), torch.tensor([[0, 4]]), symbols, range(1, 4))
+    said = answers_of(Fixed(5, tiny()), torch.tensor([[0, 4]]), torch.tensor([[True, True]]), symbols, range(1, 4))
     assert said.tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("is_zero_shot", [True, False])
+def test_reading_only_the_places_that_are_due_changes_no_answer(tiny, monkeypatch, is_zero_shot):
+    """Held to the logits of every place at once, in rows that do not all have as many answers."""
+    monkeypatch.setattr(eval_probing, "HEAD_TOKENS", 7)  # does not divide the number of answers
+    torch.manual_seed(0)
+    model = ConfigurableGPT(tiny(vocab_size=50), seed=3).eval()
+    inputs, is_due = torch.randint(50, (5, 16)), torch.rand(5, 16) < 0.3
+    is_due[4] = False
+    symbols = np.stack([np.random.default_rng(row).permutation(50)[:9] for row in range(5)]) if is_zero_shot else None
+    with torch.no_grad():
+        logits = model.logits(model.hidden_states(inputs))  # (B, T, V)
+    if is_zero_shot:
+        of_answers = torch.stack([logits[row][:, symbols[row, 2:8]] for row in range(5)])  # (B, T, A)
+        expected = 2 + of_answers.argmax(-1)
+    else:
+        expected = logits.argmax(-1)
+    whole, read = model.logits, []
+    monkeypatch.setattr(model, "logits", lambda hidden: read.append(len(hidden)) or whole(hidden))
+    said = answers_of(model, inputs, is_due, symbols, range(2, 8))
+    assert max(read) <= 7 and sum(read) == 5 * is_due.sum(1).max() < inputs.numel()
+    assert is_due.sum(1).unique().numel() > 2 and expected[is_due].unique().numel() > 2
+    assert np.array_equal(said, torch.where(is_due, expected, -1).numpy())
 
 
 @pytest.fixture(scope="module")

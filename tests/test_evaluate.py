@@ -10,7 +10,8 @@ import pytest
 import compare_architectures
 import evaluate
 import train
-from training_helpers import Workshop, a_peak, book, files_in, poison, workshop
+from comparison_evals import KINDS
+from training_helpers import Workshop, a_peak, book, files_in, poison, workshop, write_games
 
 PROMPTS = {"defaults": {"category": "words"}, "prompts": [
     {"id": "fox", "prompt": "the quick brown", "answers": ["fox"], "wrong_answers": ["zzzz"], "difficulty": "easy"},
@@ -178,7 +179,7 @@ def test_the_loss_of_a_run_on_other_tokens_is_refused(workshop):
     record["dataset"]["fingerprint"] = "another"
     (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
     sentence = workshop.refused(f"--runs_dir={workshop.runs}", "--loss", "--device=cpu", main=evaluate.main)
-    assert "run 'moved' was trained on other tokens than" in sentence
+    assert "moved was left out: it was trained on other tokens than" in sentence
 
 
 @pytest.mark.parametrize("name, value, why", [
@@ -238,12 +239,82 @@ def test_a_run_that_fills_gaps_is_refused_and_where_others_are_left_out(workshop
     given = [f"--runs_dir={workshop.runs}", f"--prompts={workshop.folder / 'prompts.json'}"]
     for arguments in ([], ["--run_names", "filler"]):
         sentence = workshop.refused(*given, *arguments, main=evaluate.main)
-        assert "run 'filler' has causal=False and objective='masked_lm'" in sentence
+        assert "filler" in sentence and "it has causal=False and objective='masked_lm': it fills gaps" in sentence
     workshop.run("--max_iters=2", name="writer")
     workshop.printed()
     evaluate.main([*given, "--device=cpu", "--max_new_bytes=2", "--no_plots"])
-    assert "filler was left out: run 'filler' has causal=False" in workshop.printed()
+    assert "filler was left out: it has causal=False" in workshop.printed()
     assert (workshop.folder / "comparisons" / "eval_harness" / "eval_results.csv").is_file()
+
+
+UNFIT = {  # what is asked: {run: why it is not fit for it}
+    "prompts": {"games": "the dataset's tokenizer is unknown", "parity": "the dataset's tokenizer is unknown"},
+    "loss": {"games": "it was trained on records", "parity": "it was trained on the probe 'parity'"},
+    "probes": {"games": "probe 'parity' can only be asked", "text": "probe 'parity' can only be asked"},
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(book, tmp_path_factory):
+    """A Workshop with a run each of games, a probe and text, whose names stand in this order."""
+    shop = Workshop(tmp_path_factory.mktemp("mixed"), book)
+    write_games(shop.folder / "mine.jsonl", 60)
+    (shop.folder / "prompts.json").write_text(json.dumps(PROMPTS), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "hardware_peak", a_peak)
+        shop.run("--dataset=games", "--objective=lm_plus_win", "--dropout=0.0", f"--data_dir={shop.folder / 'data'}",
+                 f"--input={shop.folder / 'mine.jsonl'}", "--max_iters=1", name="games")  # fmt: skip
+        probe = [a for a in shop.command("--max_iters=1", name="parity") if not a.startswith(("--input", "--dataset"))]
+        train.main([*probe, "--dataset=parity"])
+        shop.run("--max_iters=1", name="text")
+    return shop
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_runs_of_other_kinds_are_left_out_before_any_is_asked(mixed, workshop, kind):
+    asked = {"prompts": ["--max_new_bytes=2"], "loss": ["--loss", "--loss_tokens=256"],
+             "probes": ["--probes", "parity", "--probe_examples=8"]}[kind]  # fmt: skip
+    for path in mixed.runs.glob("*/evals.jsonl"):
+        path.unlink()
+    given = [f"--runs_dir={mixed.runs}", f"--prompts={mixed.folder / 'prompts.json'}", "--device=cpu", "--no_plots"]
+    fit = ({"games", "parity", "text"} - UNFIT[kind].keys()).pop()
+    for name, why in UNFIT[kind].items():
+        sentence = workshop.refused(*given, *asked, "--run_names", fit, name, main=evaluate.main)
+        assert sentence.startswith(f"run '{name}': {why}"), sentence
+    assert not list(mixed.runs.glob("*/evals.jsonl")) and not (workshop.folder / "comparisons").exists()
+    evaluate.main([*given, *asked])
+    printed = workshop.printed()
+    assert all(f"{name} was left out: {why}" in printed for name, why in UNFIT[kind].items())
+    assert [path.parent.name for path in mixed.runs.glob("*/evals.jsonl")] == [fit]
+    (record,) = evals(mixed, fit)
+    assert record["kind"] == kind and record["kind"] in KINDS
+    assert list((workshop.folder / "comparisons" / "eval_harness").glob("*.csv"))
+
+
+def test_an_answer_that_fills_the_context_is_found_before_any_run_is_asked(trained, workshop):
+    prompts = [{"id": "long", "prompt": "a", "answers": ["x" * 20]}]
+    (workshop.folder / "long.json").write_text(json.dumps({"prompts": prompts}), encoding="utf-8")
+    given = [f"--runs_dir={trained.runs}", f"--prompts={workshop.folder / 'long.json'}", "--device=cpu"]
+    for path in trained.runs.glob("*/evals.jsonl"):
+        path.unlink()
+    sentence = workshop.refused(*given, "--run_names", "recurrent", "plain", main=evaluate.main)
+    assert sentence.startswith("run 'plain': prompt 'long' has an answer of 21 tokens and the context is 16")
+    assert not list(trained.runs.glob("*/evals.jsonl"))
+
+
+def test_weights_that_cannot_be_read_do_not_cost_what_others_found(workshop):
+    for name in ("cut", "whole"):
+        workshop.run("--max_iters=2", name=name)
+    (weights,) = (workshop.runs / "cut" / "checkpoint-2").glob("model*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    (workshop.folder / "prompts.json").write_text(json.dumps(PROMPTS), encoding="utf-8")
+    given = [f"--runs_dir={workshop.runs}", f"--prompts={workshop.folder / 'prompts.json'}", "--device=cpu",
+             "--max_new_bytes=2", "--no_plots"]  # fmt: skip
+    workshop.printed()
+    evaluate.main(given)
+    assert "cut checkpoint-2 was left out: " in workshop.printed()
+    assert [path.parent.name for path in workshop.runs.glob("*/evals.jsonl")] == ["whole"]
+    assert "cut checkpoint-2 was left out: " in workshop.refused(*given, "--run_names", "cut", main=evaluate.main)
 
 
 def test_a_run_without_a_checkpoint_and_one_without_a_tokenizer(workshop):
