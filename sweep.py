@@ -11,7 +11,9 @@ tuning/ with the trials of learning rates, logs/, and sweep.json with the plan a
     python compare_architectures.py --runs_dir runs/<sweep_name>
 """
 
+import contextlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -37,7 +39,22 @@ QUICK = (
 POLL_SECONDS, STATUS_SECONDS = 0.3, 3.0
 
 
+@contextlib.contextmanager
+def terminated_as_interrupted():
+    """Within it SIGTERM is a Ctrl-C, which stops the runs that are under way: they would go on without the sweep."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @exit_on_user_error
+@terminated_as_interrupted()
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         return print(configurator.help_text(__doc__, planning.SweepConfig))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import signal
 import subprocess
 from types import SimpleNamespace
 
@@ -283,6 +284,13 @@ def test_a_sweep_tunes_runs_and_is_not_run_twice(run):
     _, text = run("seeds = (1, 2)\nlearning_rates = (1e-3, 1e-2, 1e-1)")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("summary.json")} == before
     assert "6 of 6 trials were finished before" in text and "4 of 4 runs were finished before" in text
+
+
+def test_sigterm_stops_what_is_running_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sweep.terminated_as_interrupted():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(run):
