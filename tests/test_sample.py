@@ -5,11 +5,13 @@
 import os
 
 import pytest
+import torch
 
 import sample
 import train
+from training_config import TrainConfig
 from training_helpers import Workshop, a_peak, book, files_in, poison, workshop
-from training_parallel import find_place
+from training_parallel import Place, place_of_reader
 from user_errors import UserError
 
 
@@ -92,9 +94,15 @@ def test_the_data_need_not_be_there(trained, capsys, book):
 def test_a_run_trained_in_half_precision_is_sampled_in_what_suits_the_device(workshop, capsys, monkeypatch):
     workshop.run("--dtype=float16", "--max_iters=2", name="half")
     places = []
-    monkeypatch.setattr(sample, "find_place", lambda config: places.append(find_place(config)) or places[0])
+    monkeypatch.setattr(sample, "place_of_reader", lambda *given: places.append(place_of_reader(*given)) or places[0])
     assert len(write(workshop, capsys, name="half")) > 10
     assert places[0].dtype == "float32"  # on a CPU, where half precision is emulated
+
+
+def test_a_reader_is_one_process_however_many_trained_the_run():
+    split = {"use_fsdp": True, "tensor_parallel": 2, "expert_parallel": 2, "fsdp_replicas": 2}
+    place = place_of_reader(TrainConfig(gradient_accumulation_steps=8, **split), "cpu")
+    assert place == Place(torch.device("cpu"), "float32", tf32=False)
 
 
 # ---- what it is asked in vain ---------------------------------------------------------------------------------------
