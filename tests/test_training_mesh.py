@@ -172,31 +172,37 @@ def two(book, tmp_path_factory):
     return ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, mode", CASES_OF_TWO)
 def test_two_ranks_train_what_one_does(two, workshop, monkeypatch, kind, mode):
     assert_equal(two, kind, mode, monkeypatch, named=mode)
 
 
+@pytest.mark.slow
 def test_a_split_run_goes_on_and_in_another_mode(two, workshop, monkeypatch):
     assert_same_training(two.shop.runs / "halved", two.of_one_process("transformer", monkeypatch))
     assert_same_training(two.shop.runs / "halved moe", two.of_one_process("moe", monkeypatch))
 
 
+@pytest.mark.slow
 def test_rank_0_writes_a_sample_of_a_split_model(two):
     assert (two.shop.runs / "halved moe" / "sample.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_weights_are_kept_where_the_policy_says(two, workshop, monkeypatch):
     """On a CPU there is nowhere else to keep them: this shows that the policy reaches FSDP2 and changes nothing."""
     assert_same_training(two.shop.runs / "offloaded", two.of_one_process("transformer", monkeypatch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", REFUSED)
 def test_what_ranks_cannot_share_is_refused_on_each(two, settings):
     lines = [line for line in two.text.splitlines() if line.startswith("error: ")]
     assert sum(line.endswith(REFUSED[settings]) for line in lines) == 1, lines
 
 
+@pytest.mark.slow
 def test_all_ranks_leave_and_rank_0_speaks_for_them(two):
     assert two.text.count("left with 2\n") == 2 * len(REFUSED)
     others = [line for line in two.text.splitlines() if line.startswith("error on rank 1: ")]
