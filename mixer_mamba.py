@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from mixer_attention import MIXER_REGISTRY, Mixer
 from mixer_mamba_scan import goes_on, selective_scan, selective_scan_recurrent, ssd_chunked, ssd_recurrent
 from mixer_short_conv import ShortConv, document_runs
-from model_components import RMSNorm
+from model_components import RMSNorm, rms_norm
 from user_errors import UserError
 
 # ---- the mixers -----------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Mamba(StateSpaceMixer):
         o, D, N = self.options, self.d_inner, self.d_state
         self.dt_rank = o.dt_rank or math.ceil(config.n_embd / 16)
         self.in_proj = nn.Linear(config.n_embd, 2 * D, bias=config.bias)  # x and the gate z
-        self.conv1d = ShortConv(D, o.d_conv, bias=o.conv_bias)
+        self.conv1d = ShortConv(D, o.d_conv, bias=o.conv_bias, silu=True)
         self.x_proj = nn.Linear(D, self.dt_rank + 2 * N, bias=False)  # dt, B and C: what makes the scan selective
         self.dt_proj = nn.Linear(self.dt_rank, D, bias=True)
         self.A_log = nn.Parameter(torch.empty(D, N))
@@ -123,7 +123,6 @@ class Mamba(StateSpaceMixer):
     def mix(self, x, state, runs):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, D) each
         x, conv_state = self.conv1d(x, None if state is None else state["conv"], runs)
-        x = F.silu(x)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         dt = F.softplus(_at_least_float32(self.dt_proj(dt)))
         x, B, C, A = (_at_least_float32(tensor) for tensor in (x, B, C, -self.A_log.exp().t()))
@@ -175,7 +174,7 @@ class Mamba2(StateSpaceMixer):
         self.n_heads, self.ngroups = D // self.headdim, o.ngroups
         self.conv_channels = D + 2 * self.ngroups * self.d_state
         self.in_proj = nn.Linear(config.n_embd, D + self.conv_channels + self.n_heads, bias=config.bias)
-        self.conv1d = ShortConv(self.conv_channels, o.d_conv, bias=o.conv_bias)
+        self.conv1d = ShortConv(self.conv_channels, o.d_conv, bias=o.conv_bias, silu=True)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
@@ -193,7 +192,7 @@ class Mamba2(StateSpaceMixer):
         (batch, T, _), G, N = x.shape, self.ngroups, self.d_state
         z, xBC, dt = self.in_proj(x).split((self.d_inner, self.conv_channels, self.n_heads), dim=-1)
         xBC, conv_state = self.conv1d(xBC, None if state is None else state["conv"], runs)
-        xBC, dt = _at_least_float32(F.silu(xBC)), F.softplus(_at_least_float32(dt) + self.dt_bias)
+        xBC, dt = _at_least_float32(xBC), F.softplus(_at_least_float32(dt) + self.dt_bias)
         x, B, C = xBC.split((self.d_inner, G * N, G * N), dim=-1)
         x = x.reshape(batch, T, self.n_heads, self.headdim)
         B, C, A = B.reshape(batch, T, G, N), C.reshape(batch, T, G, N), -_at_least_float32(self.A_log).exp()
@@ -229,19 +228,26 @@ class Mamba2(StateSpaceMixer):
         return (2 * Q * (self.ngroups * N + D) + between) * math.ceil(T / Q) * Q / T
 
 
+def gated_rms_norm(x, z, weight, eps, ngroups, norm=rms_norm):
+    """RMSNorm of x silu(z) (..., C) over each group of channels (Mamba-2, figure 6), in the dtype of z."""
+    x = _at_least_float32(x) * F.silu(_at_least_float32(z))
+    if ngroups == 1:
+        return norm(x, weight, eps).to(z.dtype)
+    normed = F.rms_norm(x.unflatten(-1, (ngroups, -1)), (x.size(-1) // ngroups,), None, eps)
+    return weight * normed.flatten(-2).to(z.dtype)
+
+
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm of x silu(z) over each group of channels (Mamba-2, figure 6): no norm reaches across groups."""
+    """gated_rms_norm with a weight: no norm reaches across groups."""
+
+    gated_kernel = staticmethod(gated_rms_norm)  # kernels/ may have a faster one
 
     def __init__(self, width, config, ngroups):
         super().__init__(width, config)
         self.ngroups = ngroups
 
     def forward(self, x, z):
-        x = _at_least_float32(x) * F.silu(_at_least_float32(z))
-        if self.ngroups == 1:
-            return super().forward(x).to(z.dtype)
-        normed = F.rms_norm(x.unflatten(-1, (self.ngroups, -1)), (x.size(-1) // self.ngroups,), None, self.eps)
-        return self.weight * normed.flatten(-2).to(z.dtype)
+        return self.gated_kernel(x, z, self.weight, self.eps, self.ngroups, self.kernel)
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

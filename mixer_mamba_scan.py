@@ -38,25 +38,12 @@ def selective_scan_recurrent(x, dt, A, B, C, state=None, keep=None, chunk_size=N
     return torch.stack(columns, dim=1), state
 
 
-def selective_scan(x, dt, A, B, C, state=None, keep=None, chunk_size=8):
-    """The same, without holding a state per token: one per `chunk_size` tokens is kept for backward (section 3.3.2)."""
-    state = x.new_zeros(x.size(0), *A.shape) if state is None else state
-    y, state, _ = torch.ops.nanoarch.selective_scan(x, dt, B, C, A, state, keep, chunk_size)
-    return y, state
-
-
 def _swap(*tensors):
     """Batch and time swapped, in memory too: inside the operators time stands first, so that a token is one block."""
     return (tensor.transpose(0, 1).contiguous() for tensor in tensors)
 
 
-# An operator of its own, so that torch.compile sees one node and not a loop of T turns to unroll.
-@torch.library.custom_op(
-    "nanoarch::selective_scan", mutates_args=(),
-    schema="(Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor state, Tensor? keep, int chunk_size)"
-    " -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _scan_op(x, dt, B, C, A, state, keep, chunk_size):
+def _scan_forward(x, dt, B, C, A, state, keep, chunk_size):
     """y (B, T, D), the last state, and the state before each chunk (T / chunk, B, N, D)."""
     x, dt, B, C = _swap(x, dt, B, C)
     T, _, N = B.shape
@@ -94,18 +81,7 @@ class _Scratch:
         return decay, states
 
 
-@_scan_op.register_fake
-def _(x, dt, B, C, A, state, keep, chunk_size):
-    chunks = (x.size(1) + chunk_size - 1) // chunk_size
-    return x.new_empty(x.shape), x.new_empty(state.shape), x.new_empty(chunks, *state.shape)
-
-
-@torch.library.custom_op(
-    "nanoarch::selective_scan_backward", mutates_args=(),
-    schema="(Tensor grad_y, Tensor grad_state, Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor before_chunk,"
-    " Tensor? keep, int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _scan_backward_op(grad_y, grad_state, x, dt, B, C, A, before_chunk, keep, chunk_size):
+def _scan_backward(grad_y, grad_state, x, dt, B, C, A, before_chunk, keep, chunk_size):
     """Chunk by chunk from the end: states again, then g_{t-1} = exp(dt_t A) g_t + C_{t-1} dy_{t-1} for dL/dh."""
     grad_y, x, dt, B, C = _swap(grad_y, x, dt, B, C)
     T, _, N = B.shape
@@ -137,27 +113,61 @@ def _scan_backward_op(grad_y, grad_state, x, dt, B, C, A, before_chunk, keep, ch
     return *_swap(grad_x, grad_dt, grad_B, grad_C), grad_A, carried
 
 
-@_scan_backward_op.register_fake
-def _(grad_y, grad_state, x, dt, B, C, A, before_chunk, keep, chunk_size):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, dt, B, C, A, grad_state))
+def scan_operator(name, forward, backward, chunk_size):
+    """A form of the scan that torch.compile sees as one node, and not as a loop of T turns to unroll.
+
+    Args:
+        name: of the operator, in torch.ops.nanoarch.
+        forward: (x, dt, B, C, A, state, keep, chunk_size) -> y, the last state, the state before each chunk (T / chunk,
+            B, N, D).
+        backward: (grad_y, grad_state, x, dt, B, C, A, the states before chunks, keep, chunk_size) -> gradients of x,
+            dt, B, C, A and the first state.
+        chunk_size: where a call names none.
+    """
+    inputs = "Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, {}, Tensor? keep, int chunk_size"
+    operator = torch.library.custom_op(
+        f"nanoarch::{name}", forward, mutates_args=(),
+        schema=f"({inputs.format('Tensor state')}) -> (Tensor, Tensor, Tensor)",
+    )  # fmt: skip
+    gradients = torch.library.custom_op(
+        f"nanoarch::{name}_backward", backward, mutates_args=(),
+        schema=f"(Tensor grad_y, Tensor grad_state, {inputs.format('Tensor before')})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    )  # fmt: skip
+
+    @operator.register_fake
+    def _(x, dt, B, C, A, state, keep, chunk_size):
+        chunks = (x.size(1) + chunk_size - 1) // chunk_size
+        return x.new_empty(x.shape), state.new_empty(state.shape), state.new_empty(chunks, *state.shape)
+
+    @gradients.register_fake
+    def _(grad_y, grad_state, x, dt, B, C, A, before, keep, chunk_size):
+        return tuple(tensor.new_empty(tensor.shape) for tensor in (x, dt, B, C, A, grad_state))
+
+    def save_for_backward(ctx, inputs, output):
+        x, dt, B, C, A, _, keep, ctx.chunk_size = inputs
+        ctx.set_materialize_grads(False)  # the third output has as many zeros as states are kept
+        ctx.save_for_backward(x, dt, B, C, A, output[2], keep)
+
+    def differentiate(ctx, grad_y, grad_state, _):
+        *saved, keep = ctx.saved_tensors
+        grad_y = torch.zeros_like(saved[0]) if grad_y is None else grad_y
+        grad_state = torch.zeros_like(saved[-1][0]) if grad_state is None else grad_state
+        return *backward_call(grad_y, grad_state, *saved, keep, ctx.chunk_size), None, None
+
+    operator.register_autograd(differentiate, setup_context=save_for_backward)
+    call, backward_call = (getattr(torch.ops.nanoarch, name + end) for end in ("", "_backward"))
+
+    def scan(x, dt, A, B, C, state=None, keep=None, chunk_size=chunk_size):
+        state = x.new_zeros(x.size(0), *A.shape) if state is None else state
+        y, state, _ = call(x, dt, B, C, A, state, keep, chunk_size)
+        return y, state
+
+    return scan
 
 
-def _save_for_backward(ctx, inputs, output):
-    x, dt, B, C, A, _, keep, ctx.chunk_size = inputs
-    ctx.set_materialize_grads(False)  # the third output has as many zeros as states are kept
-    ctx.save_for_backward(x, dt, B, C, A, output[2], keep)
-
-
-def _scan_backward(ctx, grad_y, grad_state, _):
-    *saved, keep = ctx.saved_tensors
-    x, before_chunk = saved[0], saved[-1]
-    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
-    grad_state = torch.zeros_like(before_chunk[0]) if grad_state is None else grad_state
-    grads = torch.ops.nanoarch.selective_scan_backward(grad_y, grad_state, *saved, keep, ctx.chunk_size)
-    return *grads, None, None
-
-
-_scan_op.register_autograd(_scan_backward, setup_context=_save_for_backward)
+# The same, without holding a state per token: one per `chunk_size` tokens is kept for backward (section 3.3.2).
+selective_scan = scan_operator("selective_scan", _scan_forward, _scan_backward, chunk_size=8)
 
 
 # ---- Mamba-2: state space duality -----------------------------------------------------------------------------------

@@ -53,6 +53,12 @@ class ShiftedSum(torch.autograd.Function):
         return grad_x, grad_taps.flip(0).t()[:, None], grad.sum((0, 1)) if ctx.has_bias else None, None
 
 
+def causal_conv(x, weight, bias, runs, silu):
+    """ShiftedSum, and silu of it where `silu`."""
+    y = ShiftedSum.apply(x, weight, bias, runs)
+    return F.silu(y) if silu else y
+
+
 def _within_run(pairs, runs, j):
     """pairs (B, T - j, C), zero where token t and token t - j lie in different runs."""
     if runs is None:
@@ -64,14 +70,15 @@ class ShortConv(nn.Module):
     """Each channel's own causal convolution over `width` tokens: y_t = bias + sum_d weight[width - 1 - d] x_(t - d).
 
     Weights are named and shaped as nn.Conv1d(channels, channels, width, groups=channels) has them, and start as its do.
-    The state is the last width - 1 inputs, (B, width - 1, C).
+    With `silu` what comes out is silu(y). The state is the last width - 1 inputs, (B, width - 1, C).
     """
 
     own_init = ("weight", "bias")
+    kernel = staticmethod(causal_conv)  # kernels/ may have a faster one
 
-    def __init__(self, channels, width, bias=False):
+    def __init__(self, channels, width, bias=False, silu=False):
         super().__init__()
-        self.channels, self.width = channels, width
+        self.channels, self.width, self.silu = channels, width, silu
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
@@ -81,7 +88,7 @@ class ShortConv(nn.Module):
             parameter.copy_((2 * values - 1) * self.width**-0.5)  # within 1 / sqrt(fan in), nn.Conv1d's default
 
     def extra_repr(self):
-        return f"{self.channels}, width={self.width}, bias={self.bias is not None}"
+        return f"{self.channels}, width={self.width}, bias={self.bias is not None}, silu={self.silu}"
 
     def forward(self, x, state=None, runs=None):
         """x (B, T, C) -> (y (B, T, C), state). `runs` as document_runs gives them; nothing crosses into another run.
@@ -92,7 +99,7 @@ class ShortConv(nn.Module):
         if state is not None:
             x = torch.cat((state.to(x.dtype), x), dim=1)  # (B, width - 1 + T, C)
             runs = None if runs is None else torch.cat((runs[:, :1].expand(-1, held), runs), dim=1)
-        y = ShiftedSum.apply(x, self.weight, self.bias, runs)[:, -T:]
+        y = self.kernel(x, self.weight, self.bias, runs, self.silu)[:, -T:]
         last = F.pad(x, (0, 0, max(0, held - x.size(1)), 0))[:, max(0, x.size(1) - held) :]
         return y, last.clone()  # a view would hold every token in memory
 

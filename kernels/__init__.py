@@ -16,7 +16,19 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import attention, checks, cpu_attention, cpu_ffn, cpu_linear, cpu_norm, grouped, libraries
+from kernels import (
+    attention,
+    checks,
+    cpu_attention,
+    cpu_conv,
+    cpu_ffn,
+    cpu_gate,
+    cpu_linear,
+    cpu_norm,
+    cpu_scan,
+    grouped,
+    libraries,
+)
 from registry import ALL_REGISTRIES
 from user_errors import UserError, did_you_mean
 
@@ -36,6 +48,7 @@ class Kernel:
 KERNELS = [  # the first that is here and passes is taken
     Kernel("mamba_ssm", "selective_scan", libraries.find_mamba_ssm_scan),
     Kernel("triton", "selective_scan", libraries.find_triton_scan),
+    Kernel("compiled", "selective_scan", cpu_scan.find),
     Kernel("mamba_ssm", "ssd", libraries.find_mamba_ssm_ssd),
     Kernel("fla", "linear",
            libraries.find_fla(libraries.linear_form, "simple_gla.chunk_simple_gla", "gla.chunk_gla")),
@@ -90,6 +103,9 @@ def choose(model, device, backend, dtype=torch.float32):
         cpu_attention.install(model)
         if cpu_ffn.install(model):
             choice["ffn"] = "one node"
+    if device.type == "cpu" and backend in ("auto", "compiled"):
+        choose_compiled(choice, model, "short conv", cpu_conv.install)
+        choose_compiled(choice, model, "gated norm", cpu_gate.install)
     for part, mixers in mixers_by_part(model).items():
         if mixers[0].operation == "attention":
             choose_attention(choice, part, mixers, model.config, device, backend, dtype)
@@ -126,6 +142,16 @@ def choose_linear(choice, model, device, backend):
     else:
         cpu_linear.install(model)
         choice["linear"] = "onednn"
+
+
+def choose_compiled(choice, model, part, install):
+    """C for what recurrent mixers have beside the recurrence."""
+    try:
+        if install(model):
+            choice[part] = "compiled"
+    except libraries.AbsentError as absent:
+        choice[part] = "plain"
+        choice.refuse(part, "compiled", str(absent))
 
 
 def choose_attention(choice, part, mixers, config, device, backend, dtype):

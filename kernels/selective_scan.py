@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mixer_mamba_scan import scan_operator
+
 CHUNK = 8  # tokens between two states that are kept; backward holds all states of a chunk in registers
 STATES, STATES_BACKWARD = 16, 8  # of one program, what registers hold; with more, programs share them and add up
 CHANNELS = 32  # of one program: one for each thread of a warp, and a sum over them needs no barrier
@@ -163,40 +165,16 @@ def _backward(
 # ---- the operator ---------------------------------------------------------------------------------------------------
 
 
-def selective_scan(x, dt, A, B, C, state=None, keep=None, chunk_size=None):
-    """The recurrence above, forward and backward; torch.compile sees one node.
-
-    Args:
-        x, dt: (B, T, D).
-        A: (N, D), negative.
-        B, C: (B, T, N).
-        state: (B, N, D) to go on from; None is zeros.
-        keep: (B, T), 0 where a document starts and 1 elsewhere, or None. It gets no gradient.
-        chunk_size: not read; the plain form has one.
-
-    Returns:
-        y (B, T, D) and the state after the last token (B, N, D).
-    """
-    state = x.new_zeros(x.size(0), *A.shape) if state is None else state
-    y, last, _ = torch.ops.nanoarch.triton_selective_scan(x, dt, B, C, A, state, keep)
-    return y, last
-
-
-@torch.library.custom_op(
-    "nanoarch::triton_selective_scan", mutates_args=(),
-    schema="(Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor state, Tensor? keep)"
-    " -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _scan_op(x, dt, B, C, A, state, keep):
+def _scan_forward(x, dt, B, C, A, state, keep, chunk_size):
     """y (B, T, D), the last state (B, N, D), and the states before each chunk (T / CHUNK, B, N, D)."""
     x, dt, B, C, A, state = (tensor.contiguous() for tensor in (x, dt, B, C, A, state))
     (batch, T, D), N = x.shape, A.size(0)
     groups = triton.cdiv(N, STATES)
     y = x.new_empty(groups, batch, T, D, dtype=torch.float32)
-    last, before = torch.empty_like(state), state.new_empty(triton.cdiv(T, CHUNK), *state.shape)
+    last, before = torch.empty_like(state), state.new_empty(triton.cdiv(T, chunk_size), *state.shape)
     _forward[_grid(D, batch, groups)](
         x, dt, A, B, C, state, _or_ones(keep, x), y, last, before, batch, T, D, N,
-        states=min(N, STATES), chunk=CHUNK, channels=CHANNELS, num_warps=1,
+        states=min(N, STATES), chunk=chunk_size, channels=CHANNELS, num_warps=1,
     )  # fmt: skip
     return _added_up(y, x.dtype), last, before
 
@@ -214,18 +192,7 @@ def _added_up(parts, dtype):
     return (parts[0] if parts.size(0) == 1 else parts.sum(0)).to(dtype)
 
 
-@_scan_op.register_fake
-def _(x, dt, B, C, A, state, keep):
-    chunks = (x.size(1) + CHUNK - 1) // CHUNK
-    return x.new_empty(x.shape), state.new_empty(state.shape), state.new_empty(chunks, *state.shape)
-
-
-@torch.library.custom_op(
-    "nanoarch::triton_selective_scan_backward", mutates_args=(),
-    schema="(Tensor grad_y, Tensor grad_last, Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor before,"
-    " Tensor? keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _scan_backward_op(grad_y, grad_last, x, dt, B, C, A, before, keep):
+def _scan_backward(grad_y, grad_last, x, dt, B, C, A, before, keep, chunk_size):
     grad_y, grad_last, x, dt, B, C, A = (tensor.contiguous() for tensor in (grad_y, grad_last, x, dt, B, C, A))
     (batch, T, D), N = x.shape, A.size(0)
     grid = _grid(D, batch, triton.cdiv(N, STATES_BACKWARD))
@@ -235,29 +202,27 @@ def _scan_backward_op(grad_y, grad_last, x, dt, B, C, A, before, keep):
     _backward[grid](
         x, dt, A, B, C, _or_ones(keep, x), before, grad_y, grad_last,
         grad_x, grad_dt, grad_A, grad_B, grad_C, grad_state, batch, T, D, N,
-        states=min(N, STATES_BACKWARD), chunk=CHUNK, channels=CHANNELS, num_warps=1,
+        states=min(N, STATES_BACKWARD), chunk=chunk_size, channels=CHANNELS, num_warps=1,
     )  # fmt: skip
     like = ((grad_x, x), (grad_dt, dt), (grad_B, B), (grad_C, C), (grad_A, A))
     return *(_added_up(parts, tensor.dtype) for parts, tensor in like), grad_state
 
 
-@_scan_backward_op.register_fake
-def _(grad_y, grad_last, x, dt, B, C, A, before, keep):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, dt, B, C, A, grad_last))
+_scan = scan_operator("triton_selective_scan", _scan_forward, _scan_backward, CHUNK)
 
 
-def _save_for_backward(ctx, inputs, output):
-    x, dt, B, C, A, _, keep = inputs
-    ctx.set_materialize_grads(False)  # the third output has as many zeros as states are kept
-    ctx.save_for_backward(x, dt, B, C, A, output[2], keep)
+def selective_scan(x, dt, A, B, C, state=None, keep=None, chunk_size=None):
+    """The recurrence above, forward and backward; torch.compile sees one node.
 
+    Args:
+        x, dt: (B, T, D).
+        A: (N, D), negative.
+        B, C: (B, T, N).
+        state: (B, N, D) to go on from; None is zeros.
+        keep: (B, T), 0 where a document starts and 1 elsewhere, or None. It gets no gradient.
+        chunk_size: not read; CHUNK is how many tokens registers hold.
 
-def _scan_backward(ctx, grad_y, grad_last, _):
-    *saved, keep = ctx.saved_tensors
-    x, before = saved[0], saved[-1]
-    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
-    grad_last = torch.zeros_like(before[0]) if grad_last is None else grad_last
-    return *torch.ops.nanoarch.triton_selective_scan_backward(grad_y, grad_last, *saved, keep), None
-
-
-_scan_op.register_autograd(_scan_backward, setup_context=_save_for_backward)
+    Returns:
+        y (B, T, D) and the state after the last token (B, N, D).
+    """
+    return _scan(x, dt, A, B, C, state, keep, CHUNK)

@@ -90,7 +90,7 @@ def test_no_gradient_reaches_back_across_a_document():
 
 def test_it_is_one_node_that_keeps_a_state_per_chunk(small):
     x, dt, A, B, C, state = mamba_inputs(3 * kernel.CHUNK, torch.float32, D=3, N=2)
-    args = (*(tensor.requires_grad_() for tensor in (x, dt, B, C, A)), state, None)
+    args = (*(tensor.requires_grad_() for tensor in (x, dt, B, C, A)), state, None, kernel.CHUNK)
     torch.library.opcheck(torch.ops.nanoarch.triton_selective_scan.default, args)
     assert torch.ops.nanoarch.triton_selective_scan(*args)[2].shape == (3, *state.shape)
 

@@ -1,0 +1,84 @@
+"""C beside this file, compiled at start by the machine's own compiler and called with tensors.
+
+    scan = compiled.library("cpu_scan")      # AbsentError where there is no compiler, or it cannot
+    scan("scan_forward", x, dt, 16)          # tensors as pointers to their data, whole numbers as int64_t
+
+No file is kept: what is compiled for one processor must not meet another from the same home directory. It takes about
+half a second. Threads are those of torch: OpenMP's symbols come from the library that torch has already loaded.
+"""
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from kernels.libraries import AbsentError
+
+SOURCES = Path(__file__).parent
+OPTIONS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi")
+SECONDS = 120  # for the compiler
+
+
+class Library:
+    """Functions of one C file, which return nothing; calls let other threads of Python run."""
+
+    def __init__(self, path):
+        self.functions = ctypes.CDLL(str(path))
+
+    def __call__(self, name, *arguments):
+        """A tensor goes as the address of its first number, None as NULL; strides and types are the caller's care."""
+        getattr(self.functions, name)(*map(_as_c, arguments))
+
+
+def _as_c(value):
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)
+
+
+@functools.cache
+def library(name):
+    """The Library of kernels/<name>.c, compiled once in a process.
+
+    Raises:
+        AbsentError: no compiler is here (`cc`, or what the variable CC names), or it fails on this file.
+    """
+    if sys.platform == "win32":
+        raise AbsentError("is not for Windows")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise AbsentError(f"needs a C compiler, and {' '.join(compiler) or 'CC'} is not here")
+    failures = []
+    for native in (["-march=native"], []):  # not every compiler knows the processor that it runs on
+        for threads in (["-fopenmp"], []):
+            if built := _built(name, [*compiler, *OPTIONS, *native, *threads], failures):
+                return built
+    raise AbsentError(f"does not compile here ({failures[0]})")
+
+
+def _built(name, command, failures):
+    """The Library, or None and one line more in `failures`."""
+    with tempfile.TemporaryDirectory(prefix="nanoarch-", ignore_cleanup_errors=True) as folder:
+        compiled, linked = Path(folder) / f"{name}.o", Path(folder) / f"{name}.so"
+        link = [word for word in command if word != "-fopenmp"]  # or it would bring a second pool of threads
+        if sys.platform == "darwin":
+            link += ["-undefined", "dynamic_lookup"]
+        try:
+            _run([*command, "-c", str(SOURCES / f"{name}.c"), "-o", str(compiled)])
+            _run([*link, "-shared", str(compiled), "-o", str(linked), "-lm"])
+            return Library(linked)
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+            failures.append(next((line.strip() for line in said if "error" in line), said[-1]))
+
+
+def _run(command):
+    subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8", errors="replace",
+                   stdin=subprocess.DEVNULL, timeout=SECONDS)  # fmt: skip

@@ -1,0 +1,230 @@
+"""The kernels in C against their plain twins, on outputs, states and gradients; and where there is no compiler."""
+
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kernels
+from kernels import checks, compiled, cpu_conv, cpu_gate, cpu_scan
+from kernels.libraries import AbsentError
+from mamba_helpers import mamba_inputs, outputs_and_gradients, runs_of
+from mixer_mamba import gated_rms_norm
+from mixer_mamba_scan import goes_on, selective_scan_recurrent
+from mixer_short_conv import ShiftedSum, causal_conv
+from model_builder import ConfigurableGPT
+
+CPU = torch.device("cpu")
+has_compiler = sys.platform != "win32" and shutil.which(os.environ.get("CC", "cc").split()[0])
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C compiler is here")
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, taken back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh():
+    """Nothing compiled yet, before the test and after it."""
+    compiled.library.cache_clear()
+    yield
+    compiled.library.cache_clear()
+
+
+def scan(*inputs):
+    return cpu_scan.find(None, CPU, torch.float32)(*inputs)
+
+
+def assert_near(got, wanted, allowed=2e-6):
+    for one, two in zip(got, wanted, strict=True):
+        assert one is two is None or checks.relative_error(two, one) <= allowed
+
+
+# ---- the selective scan ----------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 3, 1), (15, 64, 4), (16, 65, 16), (17, 128, 3), (50, 70, 5)]  # T, D, N: chunks are 16, blocks 64
+
+
+@needs_compiler
+@pytest.mark.parametrize("documents", [False, True], ids=["one-text", "documents"])
+@pytest.mark.parametrize("T, D, N", SHAPES)
+def test_scan_state_and_gradients(T, D, N, documents):
+    inputs = mamba_inputs(T, D=D, N=N)
+    keep = goes_on(runs_of(2, T), torch.float64) if documents else None
+    wanted = outputs_and_gradients(lambda *i: selective_scan_recurrent(*i, keep), inputs)
+    keep = None if keep is None else keep.float()
+    assert_near(outputs_and_gradients(lambda *i: scan(*i, keep), [x.float() for x in inputs]), wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [0.0, 1e-6, 50.0, 1e4])
+def test_any_decay_stays_finite_and_right(size):
+    x, dt, A, B, C, state = mamba_inputs(33)
+    inputs = [x, size * dt, A, B, C, state]
+    wanted = outputs_and_gradients(selective_scan_recurrent, inputs)
+    got = outputs_and_gradients(scan, [tensor.float() for tensor in inputs])
+    kept = [i for i, tensor in enumerate(wanted) if tensor.abs().max() > 1e-25]  # below, dt A has no digit left
+    assert_near([got[i] for i in kept], [wanted[i] for i in kept], allowed=2e-5)
+    assert all(tensor.isfinite().all() for tensor in got)
+
+
+@needs_compiler
+def test_no_gradient_reaches_back_across_a_document():
+    x, dt, A, B, C, state = (tensor.requires_grad_() for tensor in mamba_inputs(20, torch.float32))
+    keep = torch.ones(2, 20)
+    keep[:, 9] = 0
+    y, _ = scan(x, dt, A, B, C, state, keep)
+    grad_x, grad_state = torch.autograd.grad(y[:, 9:].sum(), (x, state))
+    assert not grad_x[:, :9].any() and not grad_state.any() and grad_x[:, 9:].all()
+
+
+@needs_compiler
+def test_the_bits_do_not_depend_on_the_number_of_threads(threads):
+    inputs, results = mamba_inputs(40, torch.float32, batch=3, D=200), []
+    conv = cpu_conv._examples(4, True, True, T=150)[2]
+    rows = [torch.randn(3, 50, 70, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    for n in (1, 2, 5):
+        threads(n)
+        results.append(outputs_and_gradients(scan, inputs))
+        results[-1] += checks.outputs_and_gradients(cpu_conv.causal_conv, *conv)
+        results[-1] += checks.outputs_and_gradients(cpu_gate.gated_rms_norm, (*rows, torch.ones(70), 1e-5, 1), {})
+    for other in results[1:]:
+        assert all(one is two is None or torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@needs_compiler
+def test_the_scan_is_one_node_that_keeps_a_state_per_chunk():
+    x, dt, A, B, C, state = mamba_inputs(3 * cpu_scan.CHUNK, torch.float32)
+    args = (*(tensor.requires_grad_() for tensor in (x, dt, B, C, A)), state, None, cpu_scan.CHUNK)
+    torch.library.opcheck(torch.ops.nanoarch.compiled_selective_scan.default, args)
+    assert torch.ops.nanoarch.compiled_selective_scan(*args)[2].shape == (3, *state.shape)
+
+
+# ---- the short convolution and the gated norm ------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("K", [1, 2, 4, 7])
+@pytest.mark.parametrize("T", [3, 64, 66, 150])  # a thread takes 64 tokens
+def test_conv_equals_plain(K, T, bias, silu):
+    for args, _ in cpu_conv._examples(K, bias, silu, T=T):
+        double = [value.double() if torch.is_tensor(value) and value.is_floating_point() else value for value in args]
+        wanted = checks.outputs_and_gradients(causal_conv, tuple(double), {})
+        assert_near(checks.outputs_and_gradients(cpu_conv.causal_conv, args, {}), wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("C", [3, 64, 70])
+def test_gated_norm_equals_plain(C):
+    generator = torch.Generator().manual_seed(0)
+    x, z, weight = (torch.randn(shape, generator=generator) for shape in ((3, 50, C), (3, 50, C), (C,)))
+    wanted = checks.outputs_and_gradients(gated_rms_norm, (x.double(), 4 * z.double(), weight.double(), 1e-5, 1), {})
+    assert_near(checks.outputs_and_gradients(cpu_gate.gated_rms_norm, (x, 4 * z, weight, 1e-5, 1), {}), wanted)
+
+
+@needs_compiler
+def test_parts_of_a_wider_tensor_are_read_where_they_lie():
+    wide, weight, gain = torch.randn(2, 20, 30), torch.randn(10, 1, 4), torch.randn(10)
+    part = wide[..., 5:15]
+    for rows in (part, part.transpose(0, 1).contiguous().transpose(0, 1), part.transpose(1, 2).reshape(2, 20, 10)):
+        assert_near(
+            [cpu_conv.causal_conv(rows, weight, None, None, True)], [causal_conv(rows, weight, None, None, True)]
+        )
+        got = cpu_gate.gated_rms_norm(wide[..., :10], rows, gain, 1e-5, 1)
+        assert_near([got], [gated_rms_norm(wide[..., :10], rows, gain, 1e-5, 1)])
+
+
+def test_what_they_do_not_take_goes_the_plain_way(monkeypatch):
+    for function in (cpu_conv.ConvFunction, cpu_gate.GateFunction):
+        monkeypatch.setattr(function, "apply", lambda *_: pytest.fail("went to C"))
+    x, weight = torch.randn(2, 5, 6), torch.randn(6, 1, 4)
+    doubles = cpu_conv.causal_conv(x.double(), weight.double(), None, None, True)
+    assert torch.equal(doubles, F.silu(ShiftedSum.apply(x.double(), weight.double(), None, None)))
+    assert cpu_gate.gated_rms_norm(x.double(), x.double(), x[0, 0].double(), 1e-5, 1).dtype == torch.float64
+    assert cpu_gate.gated_rms_norm(x, x, x[0, 0], 1e-5, 2).shape == x.shape  # groups
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cpu_conv.causal_conv(x, weight, None, None, True)
+    with FakeTensorMode() as mode:
+        assert cpu_conv.causal_conv(mode.from_tensor(x), mode.from_tensor(weight), None, None, True).shape == x.shape
+
+
+# ---- in a model ------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "gated_delta_net"])
+def test_a_model_gives_the_same_loss_gradients_and_text(mixer, tiny):
+    settings = tiny(block_pattern=mixer, position_encoding="none", d_state=4, d_conv=4)
+    plain, fast = ConfigurableGPT(settings), ConfigurableGPT(settings)
+    choice = kernels.choose(fast, CPU, "compiled")
+    assert choice["short conv"] == "compiled"
+    idx = torch.randint(29, (2, 9), generator=torch.Generator().manual_seed(0))
+    for model in (plain, fast):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert torch.equal(*(model.generate(idx[:, :5], 20, temperature=0) for model in (plain, fast)))
+    assert list(plain.state_dict()) == list(fast.state_dict())
+
+
+@needs_compiler
+def test_a_kernel_that_is_off_is_left_out(tiny, monkeypatch):
+    monkeypatch.setattr(cpu_conv, "causal_conv", lambda *args: 1.01 * causal_conv(*args))
+    monkeypatch.setattr(cpu_gate, "gated_rms_norm", lambda *args: 1.01 * gated_rms_norm(*args))
+    monkeypatch.setattr(cpu_scan, "_scan", lambda x, *_: (1.01 * x, None))
+    model = ConfigurableGPT(tiny(block_pattern="mamba,mamba2", position_encoding="none", n_layer=2))
+    choice = kernels.choose(model, CPU, "auto")
+    assert "short conv" not in choice and "gated norm" not in choice
+    assert choice["mamba"] == "plain" and choice.not_taken["mamba"]["compiled"].startswith("is off the plain path by")
+
+
+# ---- the compiler ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiler, reason", [
+    ("no-such-compiler -m64", "needs a C compiler, and no-such-compiler -m64 is not here"),
+    ("", "needs a C compiler, and CC is not here"),
+    (sys.executable, "does not compile here (.*)"),
+])  # fmt: skip
+def test_without_a_compiler(compiler, reason, fresh, monkeypatch):
+    monkeypatch.setenv("CC", compiler)
+    reason = "is not for Windows" if sys.platform == "win32" else reason
+    with pytest.raises(AbsentError, match="^" + reason.replace("(", r"\(").replace(")", r"\)") + "$"):
+        cpu_scan.find(None, CPU, torch.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("refused", ["-march=native", "-fopenmp"])
+def test_a_compiler_that_knows_less(refused, fresh, monkeypatch):
+    run = compiled._run
+
+    def picky(command):
+        if refused in command:
+            raise OSError("error: unknown option")
+        run(command)
+
+    monkeypatch.setattr(compiled, "_run", picky)
+    inputs = mamba_inputs(9, torch.float32)
+    assert_near(outputs_and_gradients(scan, inputs), outputs_and_gradients(selective_scan_recurrent, inputs))
+
+
+@needs_compiler
+def test_nothing_is_left_behind(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path))
+    compiled.library("cpu_gate")
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_for_cpus():
+    with pytest.raises(AbsentError, match=r"^is for CPUs$"):
+        cpu_scan.find(None, torch.device("meta"), torch.float32)
