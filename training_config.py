@@ -83,9 +83,7 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler); auto is float32 on CPU
     tf32: bool = True  # let CUDA multiply float32 matrices in TF32
     compile: bool | str = "auto"  # torch.compile; auto is on for CUDA and off elsewhere
-    kernel_backend: str = (
-        "auto"  # auto: what passes a check; plain; or one of compiled, triton, mamba_ssm, fla, onednn
-    )
+    kernel_backend: str = "auto"  # auto: what passes a check; plain; or one of compiled, triton, mamba_ssm, fla, onednn
     threads: int = 0  # CPU threads; 0 leaves torch's choice
     gradient_checkpointing: str = "none"  # full: each block is computed again in backward; selective: each second
 

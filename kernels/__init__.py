@@ -21,6 +21,7 @@ from kernels import (
     checks,
     cpu_attention,
     cpu_conv,
+    cpu_experts,
     cpu_ffn,
     cpu_gate,
     cpu_linear,
@@ -94,7 +95,7 @@ def choose(model, device, backend, dtype=torch.float32):
         )
     choice = Choice()
     choose_linear(choice, model, device, backend)
-    experts = grouped.install(model, device, "auto" if backend == "auto" else "plain")
+    experts = grouped.install(model, device, "auto" if backend in ("auto", "compiled") else "plain")
     if experts is not None:
         choice["experts"] = experts
     if backend == "auto" and device.type == "cpu" and cpu_norm.equals_plain() and cpu_norm.install(model):
@@ -106,6 +107,7 @@ def choose(model, device, backend, dtype=torch.float32):
     if device.type == "cpu" and backend in ("auto", "compiled"):
         choose_compiled(choice, model, "short conv", cpu_conv.install)
         choose_compiled(choice, model, "gated norm", cpu_gate.install)
+        choose_compiled(choice, model, "experts", cpu_experts.install)
     for part, mixers in mixers_by_part(model).items():
         if mixers[0].operation == "attention":
             choose_attention(choice, part, mixers, model.config, device, backend, dtype)
@@ -145,12 +147,12 @@ def choose_linear(choice, model, device, backend):
 
 
 def choose_compiled(choice, model, part, install):
-    """C for what recurrent mixers have beside the recurrence."""
+    """C for what is no recurrence."""
     try:
         if install(model):
             choice[part] = "compiled"
     except libraries.AbsentError as absent:
-        choice[part] = "plain"
+        choice.setdefault(part, "plain")
         choice.refuse(part, "compiled", str(absent))
 
 

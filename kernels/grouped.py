@@ -28,7 +28,7 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _sum_of_choices(grad, ctx.saved_tensors[1]), None, None
+        return sum_of_choices(grad, ctx.saved_tensors[1]), None, None
 
 
 class Collect(torch.autograd.Function):
@@ -37,12 +37,19 @@ class Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, order, inverse):
         ctx.save_for_backward(order, inverse)
-        return _sum_of_choices(y, inverse)
+        return sum_of_choices(y, inverse)
 
     @staticmethod
     def backward(ctx, grad):
         order, inverse = ctx.saved_tensors
         return grad[order // inverse.size(1)], None, None
+
+
+def sorted_by_expert(chosen):
+    """chosen (N, k) -> order (N k,), the choices expert by expert, and inverse (N, k), where each choice went."""
+    order = chosen.flatten().argsort(stable=True)
+    places = torch.arange(order.numel(), device=chosen.device)
+    return order, torch.empty_like(order).scatter(0, order, places).view_as(chosen)
 
 
 def true_counts(loads, n_choices):
@@ -55,7 +62,8 @@ def even_counts(loads, n_choices):
     return [n_choices // n + (expert < n_choices % n) for expert in range(n)]
 
 
-def _sum_of_choices(y, inverse):
+def sum_of_choices(y, inverse):
+    """y (N k, C) in the order of experts, inverse (N, k) -> (N, C)."""
     total = y[inverse[:, 0]]
     for choice in range(1, inverse.size(1)):
         total = total + y[inverse[:, choice]]
@@ -71,9 +79,7 @@ def experts(module, x, chosen, weights, up, down, use_grouped_mm, counts_of=true
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    order = chosen.flatten().argsort(stable=True)  # (N k,) choices, by expert
-    places = torch.arange(order.numel(), device=x.device)
-    inverse = torch.empty_like(order).scatter(0, order, places).view_as(chosen)  # where each choice went
+    order, inverse = sorted_by_expert(chosen)
     loads = loads_of(chosen, up.size(0))
     rows, row_weights = Dispatch.apply(x.to(dtype), order, inverse), weights.flatten()[order]
     up, down = up.to(dtype), down.to(dtype)
@@ -106,8 +112,8 @@ def install(model, device, backend="auto"):
         return None
     if backend == "plain":
         return "plain"
-    grouped = [dtype for dtype in _DTYPES if device.type == "cuda" and equals_plain(modules[0], dtype, _always)]
-    if not grouped and not equals_plain(modules[0], modules[0].up.dtype, _never):
+    grouped = [dtype for dtype in _DTYPES if device.type == "cuda" and equals_plain(modules[0], dtype, GROUPED)]
+    if not grouped and not equals_plain(modules[0], modules[0].up.dtype, SORTED):
         return "plain"
     for module in modules:
         use_grouped_mm = functools.partial(_has_grouped_mm, grouped)
@@ -138,8 +144,13 @@ def _has_grouped_mm(checked, device, dtype):
     return dtype in checked and (dtype == torch.bfloat16 or not torch.compiler.is_compiling())
 
 
-def equals_plain(module, dtype, use_grouped_mm):
-    """True when outputs and gradients agree with the plain path here, for a copy of `module` in `dtype`.
+GROUPED, SORTED = (functools.partial(experts, use_grouped_mm=rule) for rule in (_always, _never))
+
+
+def equals_plain(module, dtype, path):
+    """True when outputs and gradients of path(module, x, chosen, weights, up, down) agree with the plain path here.
+
+    It is tried on a copy of `module` in `dtype`.
 
     The last expert gets no token, as happens in training.
     """
@@ -155,8 +166,8 @@ def equals_plain(module, dtype, use_grouped_mm):
             weight.copy_(torch.randn(weight.shape, generator=generator) / weight.size(-1) ** 0.5)
     leaves, results = [x.requires_grad_(), weights.requires_grad_(), module.up, module.down], []
     try:
-        for path in (module.combine, functools.partial(experts, module, use_grouped_mm=use_grouped_mm)):
-            y = path(x, chosen, weights, module.up, module.down)
+        for combine in (module.combine, functools.partial(path, module)):
+            y = combine(x, chosen, weights, module.up, module.down)
             results.append([y, *torch.autograd.grad(y, leaves, grad)])
     except (RuntimeError, AttributeError, NotImplementedError):  # a torch or a device without it
         return False

@@ -1,5 +1,6 @@
 """The kernels in C against their plain twins, on outputs, states and gradients; and where there is no compiler."""
 
+import functools
 import os
 import shutil
 import sys
@@ -10,13 +11,15 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import checks, compiled, cpu_conv, cpu_gate, cpu_scan
+from kernels import checks, compiled, cpu_conv, cpu_experts, cpu_gate, cpu_scan
 from kernels.libraries import AbsentError
 from mamba_helpers import mamba_inputs, outputs_and_gradients, runs_of
 from mixer_mamba import gated_rms_norm
 from mixer_mamba_scan import goes_on, selective_scan_recurrent
 from mixer_short_conv import ShiftedSum, causal_conv
 from model_builder import ConfigurableGPT
+from model_components import silu
+from model_moe import Experts
 
 CPU = torch.device("cpu")
 has_compiler = sys.platform != "win32" and shutil.which(os.environ.get("CC", "cc").split()[0])
@@ -156,6 +159,38 @@ def test_what_they_do_not_take_goes_the_plain_way(monkeypatch):
         cpu_conv.causal_conv(x, weight, None, None, True)
     with FakeTensorMode() as mode:
         assert cpu_conv.causal_conv(mode.from_tensor(x), mode.from_tensor(weight), None, None, True).shape == x.shape
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("k, hidden", [(1, 5), (2, 16), (3, 21)])
+def test_experts_equal_plain(k, hidden):
+    part = Experts(5, 12, hidden, True, silu, k / 5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in part.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    x, scores = torch.randn(40, 12, generator=generator), torch.rand(40, 4, generator=generator)  # none for the last
+    weights, chosen = scores.topk(k, dim=-1)
+    inputs, results = (x, weights, part.up.detach(), part.down.detach()), []
+    for dtype, combine in (
+        (torch.float64, part.combine),
+        (torch.float32, functools.partial(cpu_experts.experts, None)),
+    ):
+        args = tuple(tensor.to(dtype) for tensor in inputs)
+        form = lambda x, weights, up, down, combine=combine: combine(x, chosen, weights, up, down)  # noqa: E731
+        results.append(checks.outputs_and_gradients(form, args, {}))
+    assert_near(results[1], results[0])
+
+
+@needs_compiler
+def test_experts_of_another_kind_are_left_to_sorting(tiny):
+    settings = tiny(ffn_type="moe", n_experts=3)
+    assert kernels.choose(ConfigurableGPT(settings), CPU, "auto")["experts"] == "compiled"
+    choice = kernels.choose(ConfigurableGPT(settings.replace(expert_type="geglu")), CPU, "auto")
+    assert choice["experts"] == "sorted" and choice.not_taken["experts"] == {"compiled": "is for experts of swiglu"}
 
 
 # ---- in a model ------------------------------------------------------------------------------------------------------

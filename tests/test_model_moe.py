@@ -147,10 +147,10 @@ def test_grouped_mm_equals_plain(moe, case, dtype, tolerance):
 
 
 def test_the_check_refuses_products_that_are_wrong(moe, tiny, monkeypatch):
-    part, collect = moe(dtype=torch.float32), grouped._sum_of_choices
-    assert grouped.equals_plain(part.experts, torch.float32, grouped._never)
-    monkeypatch.setattr(grouped, "_sum_of_choices", lambda y, inverse: 1.01 * collect(y, inverse))
-    assert not grouped.equals_plain(part.experts, torch.float32, grouped._never)
+    part, collect = moe(dtype=torch.float32), grouped.sum_of_choices
+    assert grouped.equals_plain(part.experts, torch.float32, grouped.SORTED)
+    monkeypatch.setattr(grouped, "sum_of_choices", lambda y, inverse: 1.01 * collect(y, inverse))
+    assert not grouped.equals_plain(part.experts, torch.float32, grouped.SORTED)
     assert grouped.install(part, CPU) == "plain" and "combine" not in vars(part.experts)
     assert grouped.install(ConfigurableGPT(tiny()), CPU) is None
 

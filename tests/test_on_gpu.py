@@ -104,9 +104,9 @@ def test_generation_with_a_state_equals_generation_without(tiny, preset):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_experts_as_grouped_products_equal_plain(tiny, dtype):
     part = scrambled(FFN_REGISTRY["moe"](tiny(n_embd=64, expert_hidden=32), 0)).cuda().to(dtype)
-    assert grouped.equals_plain(part.experts, dtype, grouped._never)
+    assert grouped.equals_plain(part.experts, dtype, grouped.SORTED)
     if dtype == torch.bfloat16:  # the others are checked at start too, and used where they pass
-        assert grouped.equals_plain(part.experts, dtype, grouped._always)
+        assert grouped.equals_plain(part.experts, dtype, grouped.GROUPED)
         assert grouped.install(part, torch.device("cuda")) == "grouped_mm"
 
 
