@@ -112,7 +112,7 @@ def choose(model, device, backend, dtype=torch.float32):
         if mixers[0].operation == "attention":
             choose_attention(choice, part, mixers, model.config, device, backend, dtype)
             if all("forward" in vars(mixer) for mixer in mixers):
-                choice[part] += ", one node"
+                choice[part] += ", one node, compiled" if cpu_attention.compiles() else ", one node"
         else:
             choose_recurrence(choice, part, mixers, model.config, device, backend, dtype)
     if backend not in ("auto", "plain"):

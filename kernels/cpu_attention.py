@@ -1,8 +1,9 @@
 """Causal attention on a CPU as one node of autograd: two projections by oneDNN, the turn by RoPE, a fused kernel.
 
-The plain path is `mixer_attention.Attention.forward`. What is saved is the bookkeeping of a dozen views and, because
-queries, keys and values stay in the one tensor that they were projected to, the copies that put their gradients back
-together; RoPE takes two passes instead of four (`docs/performance.md`).
+The kernel is compiled from cpu_attention.c where that can be, and torch's otherwise. The plain path is
+`mixer_attention.Attention.forward`. What is saved is the bookkeeping of a dozen views and, because queries, keys and
+values stay in the one tensor that they were projected to, the copies that put their gradients back together; RoPE takes
+two passes instead of four, or in C none of its own (`docs/performance.md`).
 """
 
 import functools
@@ -10,13 +11,17 @@ import functools
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels import checks
+from kernels import checks, compiled
 from kernels.cpu_linear import bias_gradient, input_gradient, product, takes, weight_gradient
+from kernels.libraries import AbsentError
 from mixer_attention import MIXER_REGISTRY, SDPABackend
 from model_components import POSITION_ENCODING_REGISTRY
 
 aten = torch.ops.aten
 SHORT = 64  # tokens: at 128 the two ways are as fast, at 256 all scores at once are half as fast
+LONG = 1024  # tokens: up to here a block of scores is in the cache, and C is faster than torch's kernel
+QUERIES = 48  # of a block of scores, in cpu_attention.c too
+LANES = 16  # floats of a vector, in vectors.h too
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -52,6 +57,51 @@ class AttentionFunction(torch.autograd.Function):
                 turn(part, cos[:, None], _back(sin)[:, None], out=of_projected[:, :, place])
         of_projected[:, :, 2] = of_v
         return _gradients(ctx, grad, x, qkv, of_projected.flatten(2), mixed)
+
+
+class CompiledAttentionFunction(torch.autograd.Function):
+    """What AttentionFunction computes, in C from where the projection leaves queries, keys and values."""
+
+    @staticmethod
+    def forward(ctx, x, n_head, cos, sin, qkv, qkv_bias, out, out_bias):
+        B, T, _ = x.shape
+        projected = product(x, qkv, qkv_bias)
+        ctx.sizes = B, T, n_head, projected.size(-1) // (3 * n_head)
+        cos, sin = (None, None) if cos is None else (cos.contiguous(), sin.contiguous())
+        mixed, log_sums = x.new_empty(B, T, projected.size(-1) // 3), x.new_empty(B, n_head, T)
+        _run("attention_forward", ctx.sizes, projected, cos, sin, mixed, log_sums)
+        ctx.save_for_backward(x, qkv, out, projected, mixed, log_sums, cos, sin)
+        ctx.has_bias = out_bias is not None
+        return product(mixed, out, out_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, qkv, out, projected, mixed, log_sums, cos, sin = ctx.saved_tensors
+        of_mixed, of_projected = input_gradient(grad, out).contiguous(), torch.empty_like(projected)
+        _run("attention_backward", ctx.sizes, of_mixed, projected, cos, sin, mixed, log_sums, of_projected)
+        return _gradients(ctx, grad, x, qkv, of_projected, mixed)
+
+
+def _run(name, sizes, *tensors):
+    """A function of cpu_attention.c, with the scratch that its threads need; sizes are B, T, H, D."""
+    (_, T, _, D), threads = sizes, torch.get_num_threads()
+    width, length = _padded(D), _padded(T)
+    floats = 7 * T * width + 2 * D * length + QUERIES * (2 * length + width)
+    compiled.library("cpu_attention")(name, *tensors, torch.empty(threads, floats), floats, *sizes, threads)
+
+
+def _padded(n):
+    return -(-n // LANES) * LANES
+
+
+@functools.cache
+def compiles():
+    """Whether this machine compiles cpu_attention.c."""
+    try:
+        return compiled.library("cpu_attention") is not None
+    except AbsentError:
+        return False
 
 
 class ShortAttentionFunction(torch.autograd.Function):
@@ -140,12 +190,20 @@ def install(model):
     mixers, agrees = [mixer for mixer in model.modules() if is_here(mixer)], {}
     for mixer in mixers:
         if type(mixer) not in agrees:
-            fast, lengths = functools.partial(_forward, mixer), (9, SHORT + 1)  # of both functions
-            shapes = [(2, min(length, mixer.window or length), mixer.qkv.in_features) for length in lengths]
+            most = min(model.config.block_size, mixer.window or LONG + 1)
+            fast, lengths = functools.partial(_forward, mixer), (9, SHORT + 1, LONG + 1)  # of every function
+            shapes = [(2, length, mixer.qkv.in_features) for length in {min(length, most) for length in lengths}]
             agrees[type(mixer)] = all(checks.same_module(mixer, fast, shape) for shape in shapes)
         if agrees[type(mixer)]:
             mixer.forward = functools.partial(_forward, mixer)
     return sum(agrees[type(mixer)] for mixer in mixers)
+
+
+def function_for(T):
+    """What computes a text of T tokens."""
+    if T <= SHORT:
+        return ShortAttentionFunction
+    return CompiledAttentionFunction if T <= LONG and compiles() else AttentionFunction
 
 
 def _forward(mixer, x, positions=None, document_ids=None):
@@ -155,5 +213,4 @@ def _forward(mixer, x, positions=None, document_ids=None):
     rope = mixer.position_encoding
     cos, sin = (None, None) if rope is None else rope.cos_sin_of_range(x.size(1), x.device, x.dtype)
     weights = mixer.qkv.weight, mixer.qkv.bias, mixer.out.weight, mixer.out.bias
-    function = ShortAttentionFunction if x.size(1) <= SHORT else AttentionFunction
-    return function.apply(x, mixer.n_head, cos, sin, *weights)
+    return function_for(x.size(1)).apply(x, mixer.n_head, cos, sin, *weights)

@@ -24,8 +24,8 @@ static inline vec all(float value) { return (vec){0} + value; }
 static inline vec exp_below_zero(vec x) {
     const vec magic = all(12582912.0f), lowest = all(-126.0f);
     vec t = x * 1.44269504f;
-    ints normal = t > lowest;
-    t = (vec)(((ints)t & normal) | ((ints)lowest & ~normal));
+    ints is_tiny = t <= lowest; /* not so for nan, which stays */
+    t = (vec)(((ints)lowest & is_tiny) | ((ints)t & ~is_tiny));
     vec n = (t + magic) - magic;
     vec f = (x * 1.44269504f - n) + x * 1.92596299e-8f;
     vec p = all(1.54035304e-4f);
@@ -36,7 +36,7 @@ static inline vec exp_below_zero(vec x) {
     p = p * f + 6.93147181e-1f;
     p = p * f + 1.0f;
     ints power = (__builtin_convertvector(n, ints) + 127) << 23;
-    return (vec)((ints)(p * (vec)power) & normal);
+    return (vec)((ints)(p * (vec)power) & ~is_tiny);
 }
 
 static inline float sum(vec v) {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import checks, compiled, cpu_conv, cpu_experts, cpu_gate, cpu_scan
+from kernels import checks, compiled, cpu_attention, cpu_conv, cpu_experts, cpu_gate, cpu_scan
 from kernels.libraries import AbsentError
 from mamba_helpers import mamba_inputs, outputs_and_gradients, runs_of
 from mixer_mamba import gated_rms_norm
@@ -159,6 +159,52 @@ def test_what_they_do_not_take_goes_the_plain_way(monkeypatch):
         cpu_conv.causal_conv(x, weight, None, None, True)
     with FakeTensorMode() as mode:
         assert cpu_conv.causal_conv(mode.from_tensor(x), mode.from_tensor(weight), None, None, True).shape == x.shape
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_by_hand(projected, n_head, cos, sin):
+    """softmax(q k^T / sqrt(D)) v over what came before, of (B, T, 3 H D); the tables turn q and k."""
+    q, k, v = projected.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
+    if cos is not None:
+        q, k = (x * cos + torch.cat(x.chunk(2, -1)[::-1], -1) * sin for x in (q, k))
+    scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return (scores.masked_fill(later, float("-inf")).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no-position"])
+@pytest.mark.parametrize("T, D", [(1, 4), (16, 16), (47, 6), (49, 18), (130, 64)])  # 48 queries at once, 16 lanes
+def test_attention_equals_the_equation(T, D, rope, threads):
+    threads(2)
+    H, generator = 3, torch.Generator().manual_seed(0)
+    projected, grad = (torch.randn(2, T, n * H * D, generator=generator) for n in (3, 1))
+    angles = torch.rand(T, D // 2, generator=generator).repeat(1, 2)
+    sign = torch.ones(D // 2).repeat(2)
+    sign[: D // 2] = -1
+    cos, sin = (angles.cos(), angles.sin() * sign) if rope else (None, None)
+    y, log_sums, of_projected = torch.empty(2, T, H * D), torch.empty(2, H, T), torch.empty_like(projected)
+    cpu_attention._run("attention_forward", (2, T, H, D), projected, cos, sin, y, log_sums)
+    cpu_attention._run(
+        "attention_backward", (2, T, H, D), grad, projected, cos, sin, y, log_sums, of_projected
+    )  # fmt: skip
+    leaf = projected.double().requires_grad_()
+    wanted = attention_by_hand(leaf, H, *(None if table is None else table.double() for table in (cos, sin)))
+    assert_near([y, of_projected], [wanted, *torch.autograd.grad(wanted, leaf, grad.double())])
+
+
+@needs_compiler
+def test_what_is_not_finite_stays_so():
+    projected = torch.zeros(1, 20, 3 * 8)
+    projected[0, 7, 8] = float("nan")  # a key
+    y, log_sums = torch.empty(1, 20, 8), torch.empty(1, 1, 20)
+    cpu_attention._run("attention_forward", (1, 20, 1, 8), projected, None, None, y, log_sums)
+    assert y[:, :7].isfinite().all() and y[:, 7:].isnan().all()
+    x, dt, A, B, C, state = mamba_inputs(9, torch.float32)
+    dt[0, 4, 2] = float("nan")
+    assert scan(x, dt, A, B, C, state)[0][0, 4:, 2].isnan().all()
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------------

@@ -154,16 +154,18 @@ def gradients(model, idx, **more):
 
 
 @needs_onednn
-@pytest.mark.parametrize("tokens", [11, 70], ids=str)
+@pytest.mark.parametrize("name, tokens, in_c", [
+    ("ShortAttentionFunction", 11, False), ("AttentionFunction", 70, False), ("CompiledAttentionFunction", 70, True),
+])  # fmt: skip
 @pytest.mark.parametrize("changes", ONE_NODE.values(), ids=ONE_NODE)
-def test_one_node_equals_the_parts(tiny, monkeypatch, changes, tokens):
+def test_one_node_equals_the_parts(tiny, monkeypatch, changes, name, tokens, in_c):
+    if in_c and not cpu_attention.compiles():
+        pytest.skip("no C compiler is here")
+    monkeypatch.setattr(cpu_attention, "compiles", lambda: in_c)
     plain, fast, choice = both(tiny(**{"block_size": 80, **changes}), monkeypatch)
-    assert choice["ffn"] == "one node" and choice["attention"] == "sdpa, one node"
+    assert choice["ffn"] == "one node" and choice["attention"] == "sdpa, one node" + in_c * ", compiled"
     calls = []
-    attention = (
-        cpu_attention.ShortAttentionFunction if tokens <= cpu_attention.SHORT else cpu_attention.AttentionFunction
-    )
-    for function in (attention, cpu_ffn.StandardFunction, cpu_ffn.GatedFunction):
+    for function in (getattr(cpu_attention, name), cpu_ffn.StandardFunction, cpu_ffn.GatedFunction):
         apply = function.apply
         monkeypatch.setattr(function, "apply", lambda *a, apply=apply: calls.append(apply) or apply(*a))
     idx = torch.randint(29, (3, tokens + 1))
@@ -204,8 +206,9 @@ def test_what_one_node_does_not_have_stays_in_parts(tiny, monkeypatch, changes, 
 @needs_onednn
 def test_documents_windows_positions_and_other_dtypes_take_the_parts(tiny, monkeypatch):
     plain, fast, choice = both(tiny(position_encoding="rope", sliding_window=3), monkeypatch)
-    assert choice["attention"] == "sdpa, one node"
-    for function in (cpu_attention.AttentionFunction, cpu_attention.ShortAttentionFunction):
+    assert choice["attention"].startswith("sdpa, one node")
+    for name in ("AttentionFunction", "ShortAttentionFunction", "CompiledAttentionFunction"):
+        function = getattr(cpu_attention, name)
         monkeypatch.setattr(function, "apply", lambda *_: pytest.fail("went as one node"))
     idx = torch.randint(29, (3, 12))
     inputs = [{}, {"document_ids": torch.arange(11).expand(3, 11) // 4}, {"positions": torch.arange(11) + 2}]
