@@ -27,6 +27,7 @@ from kernels import (
     cpu_linear,
     cpu_norm,
     cpu_scan,
+    cpu_ssd,
     grouped,
     libraries,
 )
@@ -51,6 +52,7 @@ KERNELS = [  # the first that is here and passes is taken
     Kernel("triton", "selective_scan", libraries.find_triton_scan),
     Kernel("compiled", "selective_scan", cpu_scan.find),
     Kernel("mamba_ssm", "ssd", libraries.find_mamba_ssm_ssd),
+    Kernel("compiled", "ssd", cpu_ssd.find),
     Kernel("fla", "linear",
            libraries.find_fla(libraries.linear_form, "simple_gla.chunk_simple_gla", "gla.chunk_gla")),
     Kernel("fla", "delta",

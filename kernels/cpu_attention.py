@@ -18,7 +18,7 @@ from mixer_attention import MIXER_REGISTRY, SDPABackend
 from model_components import POSITION_ENCODING_REGISTRY
 
 aten = torch.ops.aten
-SHORT = 64  # tokens: at 128 the two ways are as fast, at 256 all scores at once are half as fast
+SHORT = 64  # tokens: at 128 torch's kernel and all scores at once are as fast, at 256 the latter is half as fast
 LONG = 1024  # tokens: up to here a block of scores is in the cache, and C is faster than torch's kernel
 QUERIES = 48  # of a block of scores, in cpu_attention.c too
 LANES = 16  # floats of a vector, in vectors.h too
@@ -105,7 +105,7 @@ def compiles():
 
 
 class ShortAttentionFunction(torch.autograd.Function):
-    """What AttentionFunction computes, from all scores at once: faster where they stay in the processor's cache."""
+    """What AttentionFunction computes, from all scores at once: faster where they stay in the cache."""
 
     @staticmethod
     def forward(ctx, x, n_head, cos, sin, qkv, qkv_bias, out, out_bias):
@@ -201,9 +201,9 @@ def install(model):
 
 def function_for(T):
     """What computes a text of T tokens."""
-    if T <= SHORT:
-        return ShortAttentionFunction
-    return CompiledAttentionFunction if T <= LONG and compiles() else AttentionFunction
+    if T <= LONG and compiles():
+        return CompiledAttentionFunction
+    return ShortAttentionFunction if T <= SHORT else AttentionFunction
 
 
 def _forward(mixer, x, positions=None, document_ids=None):

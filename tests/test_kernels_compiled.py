@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import checks, compiled, cpu_attention, cpu_conv, cpu_experts, cpu_gate, cpu_scan
+from kernels import checks, compiled, cpu_attention, cpu_conv, cpu_experts, cpu_gate, cpu_scan, cpu_ssd
 from kernels.libraries import AbsentError
-from mamba_helpers import mamba_inputs, outputs_and_gradients, runs_of
+from mamba_helpers import mamba2_inputs, mamba_inputs, outputs_and_gradients, runs_of
 from mixer_mamba import gated_rms_norm
-from mixer_mamba_scan import goes_on, selective_scan_recurrent
+from mixer_mamba_scan import goes_on, selective_scan_recurrent, ssd_recurrent
 from mixer_short_conv import ShiftedSum, causal_conv
 from model_builder import ConfigurableGPT
 from model_components import silu
@@ -92,11 +92,13 @@ def test_no_gradient_reaches_back_across_a_document():
 @needs_compiler
 def test_the_bits_do_not_depend_on_the_number_of_threads(threads):
     inputs, results = mamba_inputs(40, torch.float32, batch=3, D=200), []
+    ssd = mamba2_inputs(70, torch.float32, batch=3, H=10)[:5]
     conv = cpu_conv._examples(4, True, True, T=150)[2]
     rows = [torch.randn(3, 50, 70, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     for n in (1, 2, 5):
         threads(n)
         results.append(outputs_and_gradients(scan, inputs))
+        results[-1] += outputs_and_gradients(lambda *i: cpu_ssd.find(None, CPU, torch.float32)(*i)[0], ssd)
         results[-1] += checks.outputs_and_gradients(cpu_conv.causal_conv, *conv)
         results[-1] += checks.outputs_and_gradients(cpu_gate.gated_rms_norm, (*rows, torch.ones(70), 1e-5, 1), {})
     for other in results[1:]:
@@ -109,6 +111,49 @@ def test_the_scan_is_one_node_that_keeps_a_state_per_chunk():
     args = (*(tensor.requires_grad_() for tensor in (x, dt, B, C, A)), state, None, cpu_scan.CHUNK)
     torch.library.opcheck(torch.ops.nanoarch.compiled_selective_scan.default, args)
     assert torch.ops.nanoarch.compiled_selective_scan(*args)[2].shape == (3, *state.shape)
+
+
+# ---- Mamba-2 ---------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("documents", [False, True], ids=["one-text", "documents"])
+@pytest.mark.parametrize("T, H, P, G, N, Q", [
+    (1, 2, 3, 1, 4, 8), (8, 2, 16, 2, 16, 8), (17, 6, 5, 1, 20, 8), (40, 10, 3, 2, 4, 16), (70, 1, 33, 1, 7, 64),
+])  # fmt: skip
+def test_ssd_and_gradients(T, H, P, G, N, Q, documents):
+    inputs = mamba2_inputs(T, H=H, P=P, G=G, N=N)[:5]
+    runs = runs_of(2, T) if documents else None
+    form = cpu_ssd.find(None, CPU, torch.float32)
+    wanted = outputs_and_gradients(lambda *i: ssd_recurrent(*i, runs=runs)[0], inputs)
+    got = outputs_and_gradients(lambda *i: form(*i, runs=runs, chunk_size=Q)[0], [x.float() for x in inputs])
+    if T == 1:  # no decay ever reads
+        assert not wanted[4].any() and not got[4].abs().gt(1e-6).any()
+        wanted[4] = got[4]
+    assert_near(got, wanted, allowed=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1e-6, 1.0, 50.0, 1e4])
+def test_any_decay_of_ssd_stays_finite_and_right(size):
+    x, dt, A, B, C, _ = mamba2_inputs(33)
+    form = cpu_ssd.find(None, CPU, torch.float32)
+    inputs = [x, size * dt, A, B, C]
+    got = outputs_and_gradients(lambda *i: form(*i, chunk_size=8)[0], [tensor.float() for tensor in inputs])
+    wanted = outputs_and_gradients(lambda *i: ssd_recurrent(*i)[0], inputs)
+    assert all(tensor.isfinite().all() for tensor in got)
+    kept = [i for i in range(len(wanted)) if size < 1e4 or i != 4]  # past that A's gradient is the rounding of sums
+    assert_near([got[i] for i in kept], [wanted[i] for i in kept], allowed=1e-3)
+
+
+@needs_compiler
+def test_ssd_of_a_document_is_the_same_bits_behind_any_other():
+    form, runs = cpu_ssd.find(None, CPU, torch.float32), torch.tensor([[0] * 13 + [1] * 20])
+    x, dt, A, B, C = mamba2_inputs(33, torch.float32, batch=1)[:5]
+    y, _ = form(x, dt, A, B, C, runs=runs, chunk_size=8)
+    other = [torch.cat((2 * tensor[:, :13], tensor[:, 13:]), 1) for tensor in (x, dt, B, C)]
+    again, _ = form(*other[:2], A, *other[2:], runs=runs, chunk_size=8)
+    assert torch.equal(y[:, 13:], again[:, 13:]) and not torch.equal(y[:, :13], again[:, :13])
 
 
 # ---- the short convolution and the gated norm ------------------------------------------------------------------------

@@ -156,6 +156,7 @@ def gradients(model, idx, **more):
 @needs_onednn
 @pytest.mark.parametrize("name, tokens, in_c", [
     ("ShortAttentionFunction", 11, False), ("AttentionFunction", 70, False), ("CompiledAttentionFunction", 70, True),
+    ("CompiledAttentionFunction", 11, True),
 ])  # fmt: skip
 @pytest.mark.parametrize("changes", ONE_NODE.values(), ids=ONE_NODE)
 def test_one_node_equals_the_parts(tiny, monkeypatch, changes, name, tokens, in_c):
