@@ -43,24 +43,37 @@ def _as_c(value):
     return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)
 
 
-@functools.cache
 def library(name):
     """The Library of kernels/<name>.c, compiled once in a process.
 
     Raises:
         AbsentError: no compiler is here (`cc`, or what the variable CC names), or it fails on this file.
     """
+    found = _found(name)
+    if isinstance(found, str):
+        raise AbsentError(found)
+    return found
+
+
+def is_here(name):
+    """Whether library(name) gives one."""
+    return not isinstance(_found(name), str)
+
+
+@functools.cache
+def _found(name):
+    """The Library, or why there is none."""
     if sys.platform == "win32":
-        raise AbsentError("is not for Windows")
+        return "is not for Windows"
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if not compiler or shutil.which(compiler[0]) is None:
-        raise AbsentError(f"needs a C compiler, and {' '.join(compiler) or 'CC'} is not here")
+        return f"needs a C compiler, and {' '.join(compiler) or 'CC'} is not here"
     failures = []
     for native in (["-march=native"], []):  # not every compiler knows the processor that it runs on
         for threads in (["-fopenmp"], []):
             if built := _built(name, [*compiler, *OPTIONS, *native, *threads], failures):
                 return built
-    raise AbsentError(f"does not compile here ({failures[0]})")
+    return f"does not compile here ({failures[0]})"
 
 
 def _built(name, command, failures):

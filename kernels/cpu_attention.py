@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from kernels import checks, compiled
 from kernels.cpu_linear import bias_gradient, input_gradient, product, takes, weight_gradient
-from kernels.libraries import AbsentError
 from mixer_attention import MIXER_REGISTRY, SDPABackend
 from model_components import POSITION_ENCODING_REGISTRY
 
@@ -95,13 +94,9 @@ def _padded(n):
     return -(-n // LANES) * LANES
 
 
-@functools.cache
 def compiles():
     """Whether this machine compiles cpu_attention.c."""
-    try:
-        return compiled.library("cpu_attention") is not None
-    except AbsentError:
-        return False
+    return compiled.is_here("cpu_attention")
 
 
 class ShortAttentionFunction(torch.autograd.Function):

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 import model_builder  # noqa: E402, F401  (importing these fills the registries)
 import training_objectives  # noqa: E402, F401
 import training_optim  # noqa: E402, F401
+from kernels import compiled  # noqa: E402
 from model_config import ModelArchitectureConfig  # noqa: E402
 from registry import ALL_REGISTRIES  # noqa: E402
 
@@ -58,3 +59,11 @@ def tiny():
         return ModelArchitectureConfig(**{**size, **changes})
 
     return make
+
+
+@pytest.fixture
+def nothing_compiled():
+    """No kernel in C is there yet, nor one from this test after it."""
+    compiled._found.cache_clear()
+    yield
+    compiled._found.cache_clear()

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from kernels import attention, checks, compiled, cpu_linear, libraries
+from kernels import attention, checks, cpu_linear, libraries
 from mixer_attention import MIXER_REGISTRY, ManualBackend, SDPABackend
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
@@ -139,9 +139,8 @@ def test_a_kernel_with_nothing_to_do_is_an_error(gla, tiny):
         kernels.choose(ConfigurableGPT(tiny()), CPU, "right")
 
 
-def test_every_name_is_known_and_what_needs_cuda_is_not_tried_on_a_cpu(tiny, monkeypatch):
+def test_every_name_is_known_and_what_needs_cuda_is_not_tried_on_a_cpu(tiny, nothing_compiled, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    compiled.library.cache_clear()
     assert kernels.backends() == ("auto", "plain", "onednn", "mamba_ssm", "triton", "compiled", "fla")
     pattern = "mamba,mamba2,gla,retention,linear_attention,delta_net,gated_delta_net,rwkv7,attention"
     model = ConfigurableGPT(tiny(block_pattern=pattern, position_encoding="none", n_layer=9))

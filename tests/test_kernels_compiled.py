@@ -26,22 +26,6 @@ has_compiler = sys.platform != "win32" and shutil.which(os.environ.get("CC", "cc
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C compiler is here")
 
 
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, taken back after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def fresh():
-    """Nothing compiled yet, before the test and after it."""
-    compiled.library.cache_clear()
-    yield
-    compiled.library.cache_clear()
-
-
 def scan(*inputs):
     return cpu_scan.find(None, CPU, torch.float32)(*inputs)
 
@@ -90,13 +74,13 @@ def test_no_gradient_reaches_back_across_a_document():
 
 
 @needs_compiler
-def test_the_bits_do_not_depend_on_the_number_of_threads(threads):
+def test_the_bits_do_not_depend_on_the_number_of_threads():
     inputs, results = mamba_inputs(40, torch.float32, batch=3, D=200), []
     ssd = mamba2_inputs(70, torch.float32, batch=3, H=10)[:5]
     conv = cpu_conv._examples(4, True, True, T=150)[2]
     rows = [torch.randn(3, 50, 70, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     for n in (1, 2, 5):
-        threads(n)
+        torch.set_num_threads(n)
         results.append(outputs_and_gradients(scan, inputs))
         results[-1] += outputs_and_gradients(lambda *i: cpu_ssd.find(None, CPU, torch.float32)(*i)[0], ssd)
         results[-1] += checks.outputs_and_gradients(cpu_conv.causal_conv, *conv)
@@ -222,8 +206,8 @@ def attention_by_hand(projected, n_head, cos, sin):
 @needs_compiler
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "no-position"])
 @pytest.mark.parametrize("T, D", [(1, 4), (16, 16), (47, 6), (49, 18), (130, 64)])  # 48 queries at once, 16 lanes
-def test_attention_equals_the_equation(T, D, rope, threads):
-    threads(2)
+def test_attention_equals_the_equation(T, D, rope):
+    torch.set_num_threads(2)
     H, generator = 3, torch.Generator().manual_seed(0)
     projected, grad = (torch.randn(2, T, n * H * D, generator=generator) for n in (3, 1))
     angles = torch.rand(T, D // 2, generator=generator).repeat(1, 2)
@@ -322,7 +306,7 @@ def test_a_kernel_that_is_off_is_left_out(tiny, monkeypatch):
     ("", "needs a C compiler, and CC is not here"),
     (sys.executable, "does not compile here (.*)"),
 ])  # fmt: skip
-def test_without_a_compiler(compiler, reason, fresh, monkeypatch):
+def test_without_a_compiler(compiler, reason, nothing_compiled, monkeypatch):
     monkeypatch.setenv("CC", compiler)
     reason = "is not for Windows" if sys.platform == "win32" else reason
     with pytest.raises(AbsentError, match="^" + reason.replace("(", r"\(").replace(")", r"\)") + "$"):
@@ -331,7 +315,7 @@ def test_without_a_compiler(compiler, reason, fresh, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("refused", ["-march=native", "-fopenmp"])
-def test_a_compiler_that_knows_less(refused, fresh, monkeypatch):
+def test_a_compiler_that_knows_less(refused, nothing_compiled, monkeypatch):
     run = compiled._run
 
     def picky(command):
@@ -345,7 +329,7 @@ def test_a_compiler_that_knows_less(refused, fresh, monkeypatch):
 
 
 @needs_compiler
-def test_nothing_is_left_behind(fresh, monkeypatch, tmp_path):
+def test_nothing_is_left_behind(nothing_compiled, monkeypatch, tmp_path):
     monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path))
     compiled.library("cpu_gate")
     assert not list(tmp_path.iterdir())
