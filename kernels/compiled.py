@@ -33,8 +33,33 @@ class Library:
         self.functions = ctypes.CDLL(str(path))
 
     def __call__(self, name, *arguments):
-        """A tensor goes as the address of its first number, None as NULL; strides and types are the caller's care."""
+        """A tensor goes as the address of its first number, None as NULL; strides and types are the caller's care.
+
+        Nothing is computed for tensors without data, whose sizes are all that is asked.
+        """
+        if any(isinstance(value, torch.Tensor) and not has_data(value) for value in arguments):
+            return
         getattr(self.functions, name)(*map(_as_c, arguments))
+
+
+def takes(*tensors):
+    """Whether these are float32 on a CPU, whole in this process, and nothing else decides how to compute with them."""
+    return (
+        all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        and all(has_data(tensor) or is_fake(tensor) for tensor in tensors)
+        and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    )  # fmt: skip
+
+
+def has_data(tensor):
+    """False for a shard, a trace's symbol, and what else stands for a tensor."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def is_fake(tensor):
+    """Whether it is of FakeTensorMode, in which memory is counted without being used."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 def _as_c(value):

@@ -58,11 +58,7 @@ def tokens_back(batch, T, most, runs):
 
 def causal_conv(x, weight, bias, runs, silu):
     """The plain function, by ConvFunction where the tensors are what it takes."""
-    takes = (
-        x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-        and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, weight))
-        and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    )  # fmt: skip
+    takes = compiled.takes(x, weight)
     return (ConvFunction.apply if takes else plain)(x, weight, bias, runs, silu)
 
 

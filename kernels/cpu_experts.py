@@ -64,15 +64,9 @@ def _groups(counts, *tensors):
 
 def experts(otherwise, x, chosen, weights, up, down):
     """ExpertsFunction where the tensors are what it takes, else `otherwise`."""
-    tensors = (x, weights, up, down)
-    takes = (
-        x.device.type == "cpu" and all(tensor.dtype == torch.float32 for tensor in tensors)
-        and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
-        and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    )  # fmt: skip
-    return (
-        ExpertsFunction.apply(*tensors[:1], chosen, *tensors[1:]) if takes else otherwise(x, chosen, weights, up, down)
-    )
+    if not (torch.is_grad_enabled() and compiled.takes(x, weights, up, down)):
+        return otherwise(x, chosen, weights, up, down)
+    return ExpertsFunction.apply(x, chosen, weights, up, down)
 
 
 def install(model):

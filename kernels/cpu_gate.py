@@ -45,11 +45,7 @@ def lies_in_rows(z):
 
 def gated_rms_norm(x, z, weight, eps, ngroups, norm=rms_norm):
     """The plain function, by GateFunction where the tensors are what it takes."""
-    takes = (
-        ngroups == 1 and x.device.type == "cpu" and x.dtype == z.dtype == weight.dtype == torch.float32
-        and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, z, weight))
-        and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    )  # fmt: skip
+    takes = ngroups == 1 and compiled.takes(x, z, weight)
     return GateFunction.apply(x, z, weight, eps) if takes else plain(x, z, weight, eps, ngroups, norm)
 
 

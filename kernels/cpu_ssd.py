@@ -26,13 +26,7 @@ def find(plain, device, dtype):
     compiled.library("cpu_ssd")
 
     def form(x, dt, A, B, C, state=None, runs=None, chunk_size=64):
-        tensors = (x, dt, A, B, C)
-        takes = (
-            state is None and all(tensor.dtype == torch.float32 for tensor in tensors)
-            and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
-            and not torch.compiler.is_compiling()
-        )  # fmt: skip
-        if not takes:
+        if state is not None or not compiled.takes(x, dt, A, B, C):
             return plain(x, dt, A, B, C, state, runs, chunk_size)
         return SSDFunction.apply(x, dt, A, B, C, runs, min(chunk_size, x.size(1))), None
 
