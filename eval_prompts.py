@@ -82,9 +82,11 @@ class PromptFile:
     prompts: tuple
 
 
+TEXT, TEXTS = (str, "a text"), (list, "a list of texts")
 TYPES = {
-    "id": str, "prompt": str, "answers": list, "category": str, "difficulty": str, "score": (int, float), "match": str,
-    "wrong_answers": list, "examples": list, "case_sensitive": bool, "join": str, "stop": str,
+    "id": TEXT, "prompt": TEXT, "answers": TEXTS, "category": TEXT, "difficulty": TEXT, "match": TEXT,
+    "score": ((int, float), "a number"), "wrong_answers": TEXTS, "examples": TEXTS,
+    "case_sensitive": (bool, "true or false"), "join": TEXT, "stop": TEXT,
 }  # fmt: skip
 
 
@@ -98,8 +100,10 @@ def load_prompts(path):
     try:
         raw = path.read_bytes()
         content = json.loads(raw.decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--prompts={path} cannot be read as JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"--prompts={path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--prompts={path} is not JSON ({error})") from None
     entries = content.get("prompts") if isinstance(content, dict) else None
     defaults = content.get("defaults", {}) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or not isinstance(defaults, dict):
@@ -121,11 +125,15 @@ def prompt_of(entry, defaults, where):
     for name, value in values.items():
         if name not in TYPES:
             raise UserError(f"{where} has an unknown field '{name}'{did_you_mean(name, TYPES)}")
-        if not isinstance(value, TYPES[name]) or (isinstance(value, bool) and name != "case_sensitive"):
-            raise UserError(f"{where} has {name}={json.dumps(value)[:60]}, which is not of the right type")
+        kind, words = TYPES[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{where} has {name}={json.dumps(value)[:60]}, which must be {words}")
         if isinstance(value, list):
-            if not all(isinstance(text, str) and text.strip() for text in value):
-                raise UserError(f"{where} has an empty text, or none, among its {name}")
+            wrong = [text for text in value if not isinstance(text, str) or not text.strip()]
+            if wrong:
+                raise UserError(
+                    f"{where} has {json.dumps(wrong[0])[:60]} among its {name}; each must be a text, not empty"
+                )
             values[name] = tuple(value)
     for name in ("id", "prompt", "answers"):
         if not values.get(name):

@@ -76,15 +76,17 @@ GOOD = {"id": "p1", "prompt": "one, two,", "answers": ["three"]}
 
 
 @pytest.mark.parametrize("content, words", [
-    ("{", ["cannot be read as JSON"]),
+    ("{", ["is not JSON"]),
     ([], ["holds no prompts"]),
     ({"prompts": []}, ["holds no prompts"]),
     ({"prompts": ["a"]}, ["entry 1", "must be an object"]),
     ({"prompts": [GOOD, {"prompt": "a"}]}, ["entry 2", "has no id"]),
     ({"prompts": [{**GOOD, "answers": []}]}, ["prompt 'p1' has no answers"]),
-    ({"prompts": [{**GOOD, "answers": [" "]}]}, ["prompt 'p1'", "empty text", "answers"]),
-    ({"prompts": [{**GOOD, "answers": "three"}]}, ["prompt 'p1'", "answers=", "type"]),
-    ({"prompts": [{**GOOD, "score": True}]}, ["prompt 'p1'", "score=true", "type"]),
+    ({"prompts": [{**GOOD, "answers": [" "]}]}, ["prompt 'p1'", '" " among its answers', "not empty"]),
+    ({"prompts": [{**GOOD, "answers": "three"}]}, ["prompt 'p1'", "answers=", "must be a list of texts"]),
+    ({"prompts": [{**GOOD, "score": True}]}, ["prompt 'p1'", "score=true", "must be a number"]),
+    ({"prompts": [{**GOOD, "answers": [3]}]}, ["prompt 'p1'", "3 among its answers", "must be a text"]),
+    ({"prompts": [{**GOOD, "case_sensitive": 1}]}, ["case_sensitive=1", "must be true or false"]),
     ({"prompts": [{**GOOD, "score": -1}]}, ["prompt 'p1'", "score=-1"]),
     ({"prompts": [{**GOOD, "match": "contain"}]}, ["prompt 'p1'", "match='contain'", "did you mean 'contains'"]),
     ({"prompts": [{**GOOD, "match": "fuzzy"}]}, ["match='fuzzy'", "contains, prefix, exact, regex"]),
