@@ -114,6 +114,9 @@ class PromptTask:
         return write_tables(tables, folder)
 
 
+FEW_TARGETS = 0.01  # of all, that a group of frequency needs to be drawn
+
+
 class LossTask:
     """The validation loss by context length, position, recall and frequency."""
 
@@ -157,9 +160,13 @@ class LossTask:
         return {"kind": "loss", "loss_tokens": self.n_tokens, "parts": parts}
 
     def panels(self, results):
-        """{part: {group: loss}}, for the figure."""
-        parts = self.record(results)["parts"]
-        return {name: {group: each["loss"] for group, each in parts[name].items()} for name in parts if name != "whole"}
+        """{part: {group: loss}}, for the figure, which frequencies of few targets would set the scale of."""
+        parts, enough = self.record(results)["parts"], FEW_TARGETS * results[0]["whole", "all"].targets
+        return {
+            name: {group: each["loss"] for group, each in parts[name].items()
+                   if name != "frequency" or each["targets"] >= enough}
+            for name in parts if name != "whole"
+        }  # fmt: skip
 
     def notes(self, results):
         cut = [f"longer contexts were left out: {results[1]}"] if results[1] else []

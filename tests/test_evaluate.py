@@ -11,6 +11,8 @@ import compare_architectures
 import evaluate
 import train
 from comparison_evals import KINDS
+from eval_loss import Tally
+from eval_tasks import LossTask
 from training_helpers import Workshop, a_peak, book, files_in, poison, workshop, write_games
 
 PROMPTS = {"defaults": {"category": "words"}, "prompts": [
@@ -327,3 +329,13 @@ def test_a_run_without_a_checkpoint_and_one_without_a_tokenizer(workshop):
     assert "bare was left out: it has no tokenizer.json" in workshop.refused(*given, main=evaluate.main)
     (folder / "checkpoint-2").rename(folder / "away")
     assert "bare was left out: it has no checkpoint yet" in workshop.refused(*given, main=evaluate.main)
+
+
+def test_the_figure_leaves_out_frequencies_that_few_targets_have():
+    """Four targets of 1,000 at 14 nats would set the scale of all panels; the tables keep them."""
+    few, most = Tally(14.0 * 4, 4, 9), Tally(2.0 * 996, 996, 4000)
+    groups = {("whole", "all"): Tally(2048.0, 1000, 4009), ("position", "1"): few, ("frequency", "1-10"): most,
+              ("frequency", "never"): few}  # fmt: skip
+    task = LossTask(1000)
+    assert task.panels((groups, "")) == {"position": {"1": 14.0}, "frequency": {"1-10": 2.0}}
+    assert task.record((groups, ""))["parts"]["frequency"]["never"] == {"loss": 14.0, "targets": 4}
