@@ -303,10 +303,8 @@ def score_answers(model, tokenizer, asked):
             whole = prompt_ids + ids
             if limit and len(whole) > limit:
                 whole = whole[-limit:]
-                result.note, result.is_cut = (
-                    f"longer than the context of {limit} tokens, so its start was cut off",
-                    True,
-                )
+                result.is_cut = True
+                result.note = f"longer than the context of {limit} tokens, so its start was cut off"
             by_length[len(whole)].append((result, text, whole, len(ids)))
     for rows in by_length.values():
         for start in range(0, len(rows), MAX_BATCH):
@@ -364,7 +362,8 @@ def write_on(model, tokenizer, results, idx, decoding):
         try:
             result.passed = sum(result.prompt.passes(text) for text in written) / len(written)
         except TooSlowError as error:
-            result.note = f"failed, for on what was written after prompt '{result.prompt.id}' {error}"
+            told = f"failed, for {error} (prompt '{result.prompt.id}')"
+            result.note = f"{result.note}; {told}" if result.note else told
 
 
 def cut(tokenizer, ids, n_bytes):
