@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from eval_tasks import percent, write_tables
+from eval_tasks import percent, tokenizer_of, write_tables
 from model_builder import NotFiniteError
-from training_tokenizers import load_tokenizer
 from user_errors import UserError, did_you_mean
 
 BATCH_TOKENS = 2**13  # that a forward pass reads, unless one sequence is longer
@@ -343,7 +342,7 @@ class HarnessTask:
         self.columns = tuple(names)
 
     def material(self, run_folder, settings):
-        return load_tokenizer(run_folder)
+        return tokenizer_of(run_folder)
 
     def check(self, model, tokenizer):
         """Nothing: what the harness asks is known when it asks."""

@@ -46,7 +46,10 @@ def read_probe(text):
     block_size = values.pop("block_size", None)
     if block_size is not None and block_size < 1:
         raise UserError(f"probe '{text}': block_size={block_size} must be at least 1")
-    return Asked(text, make_probe(kind, **values), block_size)
+    try:
+        return Asked(text, make_probe(kind, **values), block_size)
+    except UserError as error:
+        raise UserError(f"probe '{text}': {error}") from None
 
 
 @dataclass

@@ -15,36 +15,20 @@ answer is scored by its log-probability per byte after the prompt, and the best 
 import hashlib
 import json
 import math
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from eval_matching import MATCHES, TooSlowError, is_match, tedious, trouble_with
 from model_builder import NotFiniteError
 from user_errors import UserError, did_you_mean
 
 MAX_BATCH = 32  # sequences of one length that a forward pass takes
 
 
-# ---- does a text hold an answer? -------------------------------------------------------------------------------------
-
-
-def whole_words(text):
-    """A pattern for the text itself, not inside a longer word: 'he' is not found in 'the'."""
-    text = text.strip()
-    before, after = (r"(?<!\w)" if text[:1].isalnum() else ""), (r"(?!\w)" if text[-1:].isalnum() else "")
-    return before + re.escape(text) + after
-
-
-# What each kind looks for in what the model wrote, whose surrounding whitespace is cut off.
-MATCHES = {
-    "contains": whole_words,
-    "prefix": lambda answer: r"\A" + whole_words(answer),
-    "exact": lambda answer: r"\A" + re.escape(answer.strip()) + r"\s*(\n|\Z)",  # all of the first line
-    "regex": lambda answer: answer,
-}
+# ---- prompt files ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -80,10 +64,13 @@ class Prompt:
         return text.partition(self.stop)[0] if self.stop else text
 
     def passes(self, text):
-        """Whether the text, written on from the prompt, matches one of the answers."""
-        flags = 0 if self.case_sensitive else re.IGNORECASE
+        """Whether the text, written on from the prompt, matches one of the answers.
+
+        Raises:
+            TooSlowError: a regex that does not come to an end on it.
+        """
         written = self.shortened(text).strip()
-        return any(re.search(MATCHES[self.match](answer), written, flags) for answer in self.answers)
+        return any(is_match(self.match, answer, written, self.case_sensitive) for answer in self.answers)
 
 
 @dataclass(frozen=True)
@@ -95,9 +82,11 @@ class PromptFile:
     prompts: tuple
 
 
+TEXT, TEXTS = (str, "a text"), (list, "a list of texts")
 TYPES = {
-    "id": str, "prompt": str, "answers": list, "category": str, "difficulty": str, "score": (int, float), "match": str,
-    "wrong_answers": list, "examples": list, "case_sensitive": bool, "join": str, "stop": str,
+    "id": TEXT, "prompt": TEXT, "answers": TEXTS, "category": TEXT, "difficulty": TEXT, "match": TEXT,
+    "score": ((int, float), "a number"), "wrong_answers": TEXTS, "examples": TEXTS,
+    "case_sensitive": (bool, "true or false"), "join": TEXT, "stop": TEXT,
 }  # fmt: skip
 
 
@@ -111,8 +100,10 @@ def load_prompts(path):
     try:
         raw = path.read_bytes()
         content = json.loads(raw.decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--prompts={path} cannot be read as JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"--prompts={path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--prompts={path} is not JSON ({error})") from None
     entries = content.get("prompts") if isinstance(content, dict) else None
     defaults = content.get("defaults", {}) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or not isinstance(defaults, dict):
@@ -134,11 +125,15 @@ def prompt_of(entry, defaults, where):
     for name, value in values.items():
         if name not in TYPES:
             raise UserError(f"{where} has an unknown field '{name}'{did_you_mean(name, TYPES)}")
-        if not isinstance(value, TYPES[name]) or (isinstance(value, bool) and name != "case_sensitive"):
-            raise UserError(f"{where} has {name}={json.dumps(value)[:60]}, which is not of the right type")
+        kind, words = TYPES[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{where} has {name}={json.dumps(value)[:60]}, which must be {words}")
         if isinstance(value, list):
-            if not all(isinstance(text, str) and text.strip() for text in value):
-                raise UserError(f"{where} has an empty text, or none, among its {name}")
+            wrong = [text for text in value if not isinstance(text, str) or not text.strip()]
+            if wrong:
+                raise UserError(
+                    f"{where} has {json.dumps(wrong[0])[:60]} among its {name}; each must be a text, not empty"
+                )
             values[name] = tuple(value)
     for name in ("id", "prompt", "answers"):
         if not values.get(name):
@@ -156,28 +151,29 @@ def check_prompt(prompt, where):
     if not 0 <= prompt.score < math.inf:
         raise UserError(f"{where} has score={prompt.score}, which must be 0 or more")
     if prompt.match == "regex":
-        check_patterns(prompt.answers, where)
-    for text in prompt.candidates:
-        if not prompt.passes(text):
-            raise UserError(f"{where} would not take its own answer {text!r} for right; see its match and stop")
-    for text in prompt.wrong_answers:
-        if prompt.passes(text):
-            raise UserError(f"{where} would take its wrong answer {text!r} for right")
+        check_patterns(prompt, where)
+    try:
+        for text in prompt.candidates:
+            if not prompt.passes(text):
+                raise UserError(f"{where} would not take its own answer {text!r} for right; see its match and stop")
+        for text in prompt.wrong_answers:
+            if prompt.passes(text):
+                raise UserError(f"{where} would take its wrong answer {text!r} for right")
+    except TooSlowError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
-def check_patterns(patterns, where):
-    for pattern in patterns:
+def check_patterns(prompt, where):
+    """Refuse a regex that does not compile, or does not come to an end on a long text of what its entry has."""
+    for pattern in prompt.answers:
         message = trouble_with(pattern)
         if message:
             raise UserError(f"{where} has the regex {pattern!r}, which does not compile ({message})")
-
-
-def trouble_with(pattern):
-    """Why a regular expression does not compile, or None."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return str(error)
+        try:
+            for text in (*prompt.candidates, *prompt.wrong_answers, "a"):
+                is_match("regex", pattern, tedious(text), prompt.case_sensitive)
+        except TooSlowError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -206,7 +202,8 @@ class PromptResult:
     written: list = field(default_factory=list)  # one text a sample
     passed: float = 0.0  # share of the samples that match
     nats_per_byte: dict = field(default_factory=dict)  # {answer, right or wrong: its log-probability per byte}
-    note: str = ""  # why it could not be asked as it stands
+    note: str = ""  # why it could not be asked, or judged, as it stands
+    is_cut: bool = False  # the start of the prompt was cut off
 
     @property
     def points(self):
@@ -306,6 +303,7 @@ def score_answers(model, tokenizer, asked):
             whole = prompt_ids + ids
             if limit and len(whole) > limit:
                 whole = whole[-limit:]
+                result.is_cut = True
                 result.note = f"longer than the context of {limit} tokens, so its start was cut off"
             by_length[len(whole)].append((result, text, whole, len(ids)))
     for rows in by_length.values():
@@ -361,7 +359,11 @@ def write_on(model, tokenizer, results, idx, decoding):
     share = [texts] if len(results) == 1 else [[text] for text in texts]
     for result, written in zip(results, share, strict=True):
         result.written = [result.prompt.shortened(text) for text in written]
-        result.passed = sum(result.prompt.passes(text) for text in written) / len(written)
+        try:
+            result.passed = sum(result.prompt.passes(text) for text in written) / len(written)
+        except TooSlowError as error:
+            told = f"failed, for {error} (prompt '{result.prompt.id}')"
+            result.note = f"{result.note}; {told}" if result.note else told
 
 
 def cut(tokenizer, ids, n_bytes):
@@ -390,7 +392,7 @@ def totals(results):
         "chosen_by_chance": mean([result.prompt.chance for result in chosen]),
         "answer_nats_per_byte": mean([-value for value in likely]),
         "not_asked": sum(not result.written for result in results),
-        "cut": sum(bool(result.note and result.written) for result in results),
+        "cut": sum(result.is_cut and bool(result.written) for result in results),
     }
 
 

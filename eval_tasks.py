@@ -16,8 +16,21 @@ from eval_probing import ask_probe, check_can_ask
 from eval_prompts import breakdown, check_prompts, run_prompts, totals
 from training_corpora import PROBE_REGISTRY
 from training_data import load_dataset
-from training_tokenizers import load_tokenizer
+from training_tokenizers import TOKENIZER_FILE, load_tokenizer
 from user_errors import UserError
+
+
+def tokenizer_of(run_folder):
+    """The tokenizer that a run keeps.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not (run_folder / TOKENIZER_FILE).is_file():
+        raise UserError(
+            f"it has no {TOKENIZER_FILE}, so its tokens have no text; copy it from a run on the same dataset"
+        )
+    return load_tokenizer(run_folder)
 
 
 class PromptTask:
@@ -31,7 +44,7 @@ class PromptTask:
         self.prompts, self.decoding = prompts, decoding
 
     def material(self, run_folder, settings):
-        return load_tokenizer(run_folder)
+        return tokenizer_of(run_folder)
 
     def check(self, model, tokenizer):
         check_prompts(model, tokenizer, self.prompts.prompts)
@@ -101,6 +114,9 @@ class PromptTask:
         return write_tables(tables, folder)
 
 
+FEW_TARGETS = 0.01  # of all, that a group of frequency needs to be drawn
+
+
 class LossTask:
     """The validation loss by context length, position, recall and frequency."""
 
@@ -144,9 +160,13 @@ class LossTask:
         return {"kind": "loss", "loss_tokens": self.n_tokens, "parts": parts}
 
     def panels(self, results):
-        """{part: {group: loss}}, for the figure."""
-        parts = self.record(results)["parts"]
-        return {name: {group: each["loss"] for group, each in parts[name].items()} for name in parts if name != "whole"}
+        """{part: {group: loss}}, for the figure, which frequencies of few targets would set the scale of."""
+        parts, enough = self.record(results)["parts"], FEW_TARGETS * results[0]["whole", "all"].targets
+        return {
+            name: {group: each["loss"] for group, each in parts[name].items()
+                   if name != "frequency" or each["targets"] >= enough}
+            for name in parts if name != "whole"
+        }  # fmt: skip
 
     def notes(self, results):
         cut = [f"longer contexts were left out: {results[1]}"] if results[1] else []

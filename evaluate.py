@@ -129,7 +129,10 @@ def check(args):
         if not found:
             raise UserError(f"--checkpoint={args.checkpoint} must be the name of a folder, such as checkpoint-5000")
         args.checkpoint_step = int(found[1])
-    args.at_tokens = [token_count(text.strip()) for text in (args.at_tokens or "").split(",") if text.strip()]
+    counts = [text.strip() for text in (args.at_tokens or "").split(",") if text.strip()]
+    if args.at_tokens is not None and not counts:
+        raise UserError(f"--at_tokens={args.at_tokens} names no token count; such as --at_tokens=1M,10M")
+    args.at_tokens = [token_count(text) for text in counts]
 
 
 def find_targets(args, task):
@@ -180,11 +183,16 @@ def targets_of(folder, args, task):
             f"it has causal=False and objective='{settings.train.objective}': it fills gaps, and only models that "
             "read from left to right are asked"
         )
-    checkpoint.find_checkpoint(folder, args.checkpoint_step)  # one sentence where there is none
+    found = checkpoint.list_checkpoints(folder)
+    if not found:
+        raise UserError("it has no checkpoint yet")
+    if args.checkpoint_step not in (None, *dict(found)):
+        steps = ", ".join(str(step) for step, _ in found)
+        raise UserError(f"it has no checkpoint at step {args.checkpoint_step}, only at {steps}")
     with on_meta():
         model = ConfigurableGPT(settings.model)
     task.check(model, task.material(folder, settings))
-    found = [read_target(folder, step, path) for step, path in checkpoint.list_checkpoints(folder)]
+    found = [read_target(folder, step, path) for step, path in found]
     if args.at_tokens:
         return list(dict.fromkeys(at_count(found, count) for count in args.at_tokens))
     if args.all_checkpoints:
@@ -233,6 +241,7 @@ def main(arguments):
     args = parse(arguments)
     task = task_of(args)
     targets, problems = find_targets(args, task)
+    place_of_reader(configurator.load_run(targets[0].run).train, args.device)  # or a sentence before anything is begun
     folder = fresh_folder(args.out_dir)
     evaluated, told = ask_all(targets, task, args.device)
     problems += told

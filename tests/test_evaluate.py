@@ -11,6 +11,8 @@ import compare_architectures
 import evaluate
 import train
 from comparison_evals import KINDS
+from eval_loss import Tally
+from eval_tasks import LossTask
 from training_helpers import Workshop, a_peak, book, files_in, poison, workshop, write_games
 
 PROMPTS = {"defaults": {"category": "words"}, "prompts": [
@@ -216,6 +218,7 @@ def test_a_run_that_diverged_fails_with_a_word_and_others_are_scored(workshop, n
     (["--checkpoint=best"], ["--checkpoint=best", "such as checkpoint-5000"]),
     (["--checkpoint_step=5"], ["plain was left out", "no checkpoint at step 5", "2 more like it"]),
     (["--run_names", "plain", "--at_tokens=300"], ["no checkpoint at 300 tokens", "256, 512", "--checkpoint_tokens"]),
+    (["--at_tokens="], ["--at_tokens= names no token count"]),
     (["--at_tokens=many"], ["--at_tokens=many must be a number of tokens"]),
     (["--checkpoint_step=4", "--all_checkpoints"], ["not allowed with", "--help"]),
     (["--num_samples=3"], ["--num_samples=3 with --temperature=0"]),
@@ -223,7 +226,7 @@ def test_a_run_that_diverged_fails_with_a_word_and_others_are_scored(workshop, n
     (["--max_new_bytes=0"], ["--max_new_bytes=0 must be at least 1"]),
     (["--loss", "--loss_tokens=0"], ["--loss_tokens=0 must be at least 1"]),
     (["--top_p=2"], ["--top_p=2.0 must lie in (0, 1]"]),
-    (["--prompts=none.json"], ["--prompts=none.json cannot be read"]),
+    (["--prompts=none.json"], ["--prompts=none.json cannot be read: No such file"]),
     (["--promts=none.json"], ["did you mean '--prompts'"]),
     (["--device=gpu"], ["device='gpu' is not a device"]),
 ], ids=lambda value: " ".join(value))  # fmt: skip
@@ -231,6 +234,7 @@ def test_a_mistake_costs_one_sentence(trained, workshop, arguments, words):
     given = [f"--runs_dir={trained.runs}", f"--prompts={trained.folder / 'prompts.json'}", *arguments]
     sentence = workshop.refused(*given, main=evaluate.main)
     assert all(word in sentence for word in words), sentence
+    assert not (workshop.folder / "comparisons").exists()  # nothing was begun
 
 
 def test_a_run_that_fills_gaps_is_refused_and_where_others_are_left_out(workshop):
@@ -322,6 +326,16 @@ def test_a_run_without_a_checkpoint_and_one_without_a_tokenizer(workshop):
     (workshop.folder / "prompts.json").write_text(json.dumps(PROMPTS), encoding="utf-8")
     given = [f"--runs_dir={workshop.runs}", f"--prompts={workshop.folder / 'prompts.json'}", "--device=cpu"]
     (folder / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in workshop.refused(*given, main=evaluate.main)
+    assert "bare was left out: it has no tokenizer.json" in workshop.refused(*given, main=evaluate.main)
     (folder / "checkpoint-2").rename(folder / "away")
-    assert "has no checkpoint yet" in workshop.refused(*given, main=evaluate.main)
+    assert "bare was left out: it has no checkpoint yet" in workshop.refused(*given, main=evaluate.main)
+
+
+def test_the_figure_leaves_out_frequencies_that_few_targets_have():
+    """Four targets of 1,000 at 14 nats would set the scale of all panels; the tables keep them."""
+    few, most = Tally(14.0 * 4, 4, 9), Tally(2.0 * 996, 996, 4000)
+    groups = {("whole", "all"): Tally(2048.0, 1000, 4009), ("position", "1"): few, ("frequency", "1-10"): most,
+              ("frequency", "never"): few}  # fmt: skip
+    task = LossTask(1000)
+    assert task.panels((groups, "")) == {"position": {"1": 14.0}, "frequency": {"1-10": 2.0}}
+    assert task.record((groups, ""))["parts"]["frequency"]["never"] == {"loss": 14.0, "targets": 4}
