@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import configurator
+import model_matching as matching
 import sweep_plan as planning
 from sweep_executors import make_executor
 from training_checkpoint import list_checkpoints, write_json
@@ -163,9 +164,9 @@ def plan_text(sweep, first, costs, speeds, at_once):
             f"{human_count(cost.flops_per_token * run.tokens):>9}{human_seconds(duration) if duration else '-':>9}  "
             f"{run.settings.model.architecture_name()}"
         )
-    duration = f", about {human_seconds(seconds / at_once)}" if seconds else ""
+    duration = f", about {human_seconds(seconds / at_once)} of training" if seconds else ""
     lines += ["", f"in all {human_count(flops)}FLOP{duration}, {at_once if at_once < 1000 else 'all'} at once"]
-    lines += differences(first)
+    lines += how_equal(first, costs) + differences(first)
     least = planning.detectable_difference(n_seeds, sweep.config.seed_spread)
     if least is None:
         lines.append("one seed: no difference between variants can be claimed; take --seeds=3 or more")
@@ -177,6 +178,27 @@ def plan_text(sweep, first, costs, speeds, at_once):
 
 def label_of(cell):
     return "-".join(filter(None, cell))
+
+
+def how_equal(first, costs):
+    """Sentences on how far apart the variants of a size are, and on every shape that `match` could not bring within 1%."""
+    lines = []
+    for size in dict.fromkeys(size for _, size in first):
+        cells = [cell for cell in first if cell[1] == size]
+        parts = []
+        for what, name in (("parameters", "parameters"), ("FLOPs per token", "flops_per_token")):
+            values = [getattr(costs[cell], name) for cell in cells]
+            excess = max(values) / min(values) - 1
+            word = "matched" if excess <= matching.TOLERANCE else "not matched"
+            parts.append(f"{what} {word} ({100 * excess:.1f}% apart)")
+        if len(cells) > 1:
+            lines.append(f"{size}: {', '.join(parts)}" if size else ", ".join(parts).capitalize())
+        for cell in cells:
+            train, model = first[cell].settings.train, first[cell].settings.model
+            record = matching.record(model, train.match, train.match_to) if train.match else {"is_matched": True}
+            if not record["is_matched"]:
+                lines.append(f"{label_of(cell)}: {matching.sentence(record)}")
+    return lines
 
 
 def differences(first):
