@@ -55,7 +55,9 @@ def rules_section(ranking):
     is_shape_equal = {"tokens", "tokens per step", "block_size"} <= set(equal) and "seed" not in differs
     if are_streams_known and is_shape_equal and not any(what.startswith("stream") for what in differs):
         equal.append("batch stream of each seed")
-    sizes = [size_text(ranking.runs, column) for column in ("parameters", "flops_per_token")]
+    has_idle = any(run.values["active_parameters"] != run.values["parameters"] for run in ranking.runs)
+    columns = ("parameters", "active_parameters", "flops_per_token") if has_idle else ("parameters", "flops_per_token")
+    sizes = [size_text(ranking.runs, column) for column in columns]
     rows = [("Equal", ", ".join(equal) or "nothing"), ("Size", " · ".join(filter(None, sizes)) or "not recorded")]
     if ranking.held:
         rows.append(("Held", ranking.held))

@@ -262,11 +262,11 @@ def usual_head(n_embd):
 
 def head_oddness(dim, n_embd):
     """How unusual heads this wide are: powers of two within an octave of the usual cost nothing, multiples of 16 a
-    quarter, others a half; further away half of the octaves.
+    quarter, others a half; further away as many as octaves.
     """
     octaves = abs(math.log2(dim / usual_head(n_embd)))
     if octaves > 1:
-        return octaves / 2
+        return octaves
     return (0 if dim & (dim - 1) == 0 else 0.25 if dim % 16 == 0 else 0.5) + octaves / 100  # the nearer of equals
 
 

@@ -180,19 +180,26 @@ def label_of(cell):
     return "-".join(filter(None, cell))
 
 
+EQUAL_COSTS = (
+    ("parameters", "parameters"), ("active parameters", "active_parameters"), ("FLOPs per token", "flops_per_token"),
+)  # fmt: skip
+
+
 def how_equal(first, costs):
     """Sentences on how far apart the variants of a size are, and on every shape that `match` could not bring within 1%."""
     lines = []
     for size in dict.fromkeys(size for _, size in first):
         cells = [cell for cell in first if cell[1] == size]
         parts = []
-        for what, name in (("parameters", "parameters"), ("FLOPs per token", "flops_per_token")):
+        for what, name in EQUAL_COSTS:
             values = [getattr(costs[cell], name) for cell in cells]
+            if name == "active_parameters" and values == [costs[cell].parameters for cell in cells]:
+                continue
             excess = max(values) / min(values) - 1
             word = "matched" if excess <= matching.TOLERANCE else "not matched"
             parts.append(f"{what} {word} ({100 * excess:.1f}% apart)")
         if len(cells) > 1:
-            lines.append(f"{size}: {', '.join(parts)}" if size else ", ".join(parts).capitalize())
+            lines.append(f"{f'{size}: ' if size else ''}{', '.join(parts)}")
         for cell in cells:
             train, model = first[cell].settings.train, first[cell].settings.model
             record = matching.record(model, train.match, train.match_to) if train.match else {"is_matched": True}
