@@ -235,13 +235,16 @@ def pairs_table(ranking, pairs):
     if not any(pair.voids for pair in pairs[:MAX_PAIRS]):
         headers, rows = headers[:-1], [row[:-1] for row in rows]
     hidden = len(pairs) - MAX_PAIRS
-    return table(headers, rows) + (tag("p", f"{hidden} more are in pairs.csv.", class_="small") if hidden > 0 else "")
+    return table(headers, rows, "pairs") + (
+        tag("p", f"{hidden} more are in pairs.csv.", class_="small") if hidden > 0 else ""
+    )
 
 
 def other_pairs(ranking, pairs):
     if not pairs:
         return ""
-    return tag("details", tag("summary", f"The other {len(pairs)} pairs") + pairs_table(ranking, pairs))
+    title = "The other pair" if len(pairs) == 1 else f"The other {len(pairs)} pairs"
+    return tag("details", tag("summary", title) + pairs_table(ranking, pairs))
 
 
 # -- curves

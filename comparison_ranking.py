@@ -288,6 +288,11 @@ class Ranking:
         """The Pair of two ranked configurations, whichever is placed better."""
         return self.pairs[(one, other)] if (one, other) in self.pairs else self.pairs[(other, one)]
 
+    def verdict_of(self, one, other):
+        """The verdict on two ranked configurations; '' for two that were not held against each other."""
+        pair = self.pairs.get((one, other)) or self.pairs.get((other, one))
+        return pair.verdict if pair else ""
+
     @property
     def n_tested(self):
         """How many pairs Holm's correction ran over."""

@@ -186,7 +186,7 @@ EQUAL_COSTS = (
 
 
 def how_equal(first, costs):
-    """Sentences on how far apart the variants of a size are, and on every shape that `match` could not bring within 1%."""
+    """Sentences on how far apart the variants of a size are, and on shapes that `match` could not bring within 1%."""
     lines = []
     for size in dict.fromkeys(size for _, size in first):
         cells = [cell for cell in first if cell[1] == size]
