@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from comparison_checkpoints import problems_between, problems_of_run, read_run
-from comparison_runs import (
-    AUDITED_TRAINING,
+from comparison_runs import AUDITED_TRAINING
+from comparison_settings import (
     BOOKKEEPING,
     RESOLVED,
     differing_fields,

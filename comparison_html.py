@@ -22,7 +22,7 @@ from comparison_charts import (
 from comparison_evals import findings_of
 from comparison_html_style import STYLE
 from comparison_ranking import WHAT, cell, component_effects, name_of, numbers_of, p_text
-from comparison_runs import BOOKKEEPING, differing_fields, setting_text, value_text
+from comparison_settings import BOOKKEEPING, differing_fields, setting_text, value_text
 from comparison_words import (
     amount_text,
     best_pair_section,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from comparison_logs import read_metrics, series
 from comparison_ranking import cell, name_of, si
-from comparison_runs import read_metrics, series
 from comparison_stats import smooth
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; yellow is left out because it vanishes on white.

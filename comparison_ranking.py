@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from comparison_audit import LOSS, Voids, audit, comparable_groups
 from comparison_configurations import group_configurations, paired
 from comparison_curves import hold_at
-from comparison_runs import OF_ONE_OBJECTIVE, differing_fields, key_of
+from comparison_logs import OF_ONE_OBJECTIVE
+from comparison_settings import differing_fields, key_of
 from comparison_stats import CONFIDENCE, Estimate, holm
 
 # -- numbers as a person reads them

@@ -20,7 +20,8 @@ from comparison_ranking import (
     si,
     value_of,
 )
-from comparison_runs import differing_fields, setting_text, some
+from comparison_runs import some
+from comparison_settings import differing_fields, setting_text
 
 ONE_SEED = "One seed each: no claim about a difference can be made beyond these runs (repeat them with other --seed)."
 AMOUNT = {"tokens": count, "FLOPs": si, "hours": hours, "joules": si}
@@ -274,7 +275,8 @@ def cost_sentences(ranking, analysis, rivals, limit):
     costs = {each.configuration: each for each in analysis.costs}
     if ranking.best not in costs:
         return []
-    sentences = []
+    never = [each.label for each in (ranking.best, *rivals) if each in costs and not costs[each].n_reached]
+    sentences = [f"{some(never, 6)} did not reach {analysis.target:.4g}."] if never else []
     for other in [each for each in rivals if each in costs][: limit - 2]:
         ratios = {axis: ratio_to(ranking, costs[ranking.best], costs[other], axis)[0] for axis in AMOUNT}
         parts = [ratio_text(ratio, axis) for axis, ratio in ratios.items() if ratio is not None]

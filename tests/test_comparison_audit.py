@@ -6,7 +6,8 @@ import pytest
 
 from comparison_audit import CHECKS, LOSS, SPEED, Voids, audit, comparable_groups, configuration_key
 from comparison_helpers import make_run, write_json
-from comparison_runs import find_runs, parts_of
+from comparison_runs import find_runs
+from comparison_settings import parts_of
 
 
 def names(runs):

@@ -356,8 +356,8 @@ def test_loss_limits_leave_the_first_steps_out():
 
     tokens = np.linspace(0, 100, 101)
     low, high = loss_limits([{"loss": 2 + 3 * np.exp(-tokens / 10), "tokens": tokens}])
-    assert low == pytest.approx(2 - 0.05 * 3 * np.exp(-1), abs=0.01)
-    assert high == pytest.approx(2 + 1.05 * 3 * np.exp(-1), abs=0.01)
+    assert low == pytest.approx(2 - 0.05 * 3 * np.exp(-10 / 7), abs=0.01)
+    assert high == pytest.approx(2 + 1.05 * 3 * np.exp(-10 / 7), abs=0.01)
     assert loss_limits([]) == (None, None)
 
 

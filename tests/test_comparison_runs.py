@@ -6,7 +6,9 @@ import pytest
 
 from comparison_audit import audit
 from comparison_helpers import make_run, write_json
-from comparison_runs import find_runs, load_run, number, prompt_problems, prompt_score, read_metrics
+from comparison_logs import prompt_problems, prompt_score, read_metrics
+from comparison_runs import find_runs, load_run
+from comparison_settings import number
 from user_errors import UserError
 
 
