@@ -62,7 +62,7 @@ max-width:16em;white-space:normal;min-width:8.5em;overflow-wrap:anywhere}
 table.ranking th:nth-child(2),table.evals th:nth-child(2){background:var(--tint)}
 table.ranking td:nth-child(4){white-space:normal;min-width:10em}
 table.ranking tbody tr:first-child td{font-weight:600}
-table.pairs td:nth-child(-n+2){white-space:normal;min-width:8em;max-width:17em;overflow-wrap:anywhere}
+table.pairs td:nth-child(-n+2){white-space:normal;min-width:10.5em;max-width:17em;overflow-wrap:anywhere}
 .badge{display:inline-block;padding:0 8px;border-radius:10px;font-size:.8rem;line-height:1.6;white-space:nowrap;
 background:var(--tint);color:var(--soft)}
 .separable{color:var(--good)}

@@ -146,9 +146,6 @@ AUDITED_TRAINING = {
 }
 
 
-# -- parts defined in config files
-
-
 class UnreadableRunError(Exception):
     """This run cannot be compared at all; the message says which file is at fault."""
 
@@ -222,9 +219,6 @@ def table_values(run, summary):
     ):  # fmt: skip
         values[name] = number(summary.get(name))
     return values
-
-
-# -- metrics.jsonl
 
 
 # -- finding runs
