@@ -103,12 +103,13 @@ def main(arguments):
     record["runs"] = [{"name": run.name, "arguments": run.arguments, "tokens": run.tokens} for run in runs]
     write_json(folder / "sweep.json", record)
     failed = runner.run(runs, folder, "runs")
-    print(f"\n{len(runs) - len(failed)} of {len(runs)} runs finished in {folder}; compare them with\n"
+    print(f"\n{len(runs) - len(failed)} of {len(datasets) * len(sweep.seeds)} runs finished in {folder}; compare them with\n"
           f"python compare_architectures.py --runs_dir {folder.as_posix()}")  # fmt: skip
-    if failed:
-        raise UserError(
-            f"{len(failed)} run(s) failed twice: {', '.join(failed)}; read {folder / 'logs'}, then run again"
-        )
+    left_out = [label_of(cell) for cell, found in tuned.items() if found.loss is None]
+    wrong = [f"no trial of {', '.join(left_out)} worked"] if left_out else []
+    wrong += [f"{len(failed)} run(s) failed twice: {', '.join(failed)}"] if failed else []
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}; read {folder / 'logs'}, then run again")
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------

@@ -384,6 +384,14 @@ def test_a_failing_run_is_tried_twice_and_stops_nothing_else(run):
     assert "1 of 2 runs finished" in text and "error: 1 run(s) failed twice: two-s1" in text
 
 
+def test_a_variant_without_a_trial_that_worked_is_missed_at_the_end(run):
+    more = "seeds = (1,)\nvariants = {'one': '', 'two': '--attention_backend=flex'}\nlearning_rates = (1e-2, 1e-1)"
+    folder, text = run(more, "--n_embd=16", code=2)
+    assert summary(folder / "one-s1")["status"] == "finished" and not (folder / "two-s1").exists()
+    assert "two: left out; every trial failed or diverged" in text and "1 of 2 runs finished" in text
+    assert "error: no trial of two worked; read" in text
+
+
 def test_a_folder_of_other_runs_is_refused(run):
     folder, _ = run("seeds = (1,)\nvariants = {'one': ''}", "--n_embd=16")
     before = (folder / "one-s1" / "summary.json").read_bytes()
