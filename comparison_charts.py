@@ -27,6 +27,7 @@ from comparison_svg import (
 
 MAX_LINES = 10  # configurations in one chart
 MAX_POINTS = 40
+FINAL = "final_val_loss"
 AXIS_TEXT = {"tokens": tokens_number}
 UNITS = ("bytes", "KiB", "MiB", "GiB")
 
@@ -59,9 +60,16 @@ def chart_names(ranking):
             for each in ranking.configurations}  # fmt: skip
 
 
-def loss_name(ranking):
+def loss_name(ranking, column=None):
     """'validation loss', of a point on a curve."""
-    return WHAT[ranking.loss_column].replace("final ", "").replace("best ", "")
+    return WHAT[column or ranking.loss_column].replace("final ", "").replace("best ", "")
+
+
+def drawn_column(ranking):
+    """The loss that curves are drawn of: the ranking's, or the validation loss where that was scored once, at the end."""
+    runs = [run for each in ranking.configurations[:MAX_LINES] for run in each.runs]
+    lengths = {name: max(len(curve(run, name)["loss"]) for run in runs) for name in (ranking.loss_column, FINAL)}
+    return FINAL if lengths[ranking.loss_column] < 2 <= lengths[FINAL] else ranking.loss_column
 
 
 # -- learning curves
@@ -69,11 +77,12 @@ def loss_name(ranking):
 
 def curve_charts(ranking, analysis, log_x=False):
     """([svg, ...], [axis that no run records, ...]); ([], []) when there are no curves."""
-    configurations = ranking.configurations[:MAX_LINES]
-    curves = {run: curve(run, ranking.loss_column) for each in configurations for run in each.runs}
+    configurations, column = ranking.configurations[:MAX_LINES], drawn_column(ranking)
+    target = analysis.target if column == ranking.loss_column else None
+    curves = {run: curve(run, column) for each in configurations for run in each.runs}
     if not any(points["loss"] for points in curves.values()):
         return [], []
-    limits, charts, absent, names = limits_of(curves, analysis.target), [], [], chart_names(ranking)
+    limits, charts, absent, names = limits_of(curves, target), [], [], chart_names(ranking)
     for axis in AXES:
         lines = [line_of(names[each], each, index, curves, axis) for index, each in enumerate(configurations)]
         lines = [line for line in lines if line.x]
@@ -81,9 +90,9 @@ def curve_charts(ranking, analysis, log_x=False):
             absent.append(axis)
             continue
         x_label = axis if axis == "tokens" else f"training {axis}"
-        title = f"{loss_name(ranking)} against {axis}".capitalize()
+        title = f"{loss_name(ranking, column)} against {axis}".capitalize()
         x_text = AXIS_TEXT.get(axis, plain_number)
-        charts.append(line_chart(lines, x_label, loss_name(ranking), limits, title, log_x, x_text, analysis.target))
+        charts.append(line_chart(lines, x_label, loss_name(ranking, column), limits, title, log_x, x_text, target))
     return charts, absent
 
 

@@ -14,6 +14,7 @@ from comparison_charts import (
     MAX_LINES,
     curve_charts,
     difference_charts,
+    drawn_column,
     eval_charts,
     order_charts,
     pareto_charts,
@@ -256,7 +257,9 @@ def curves_part(ranking, analysis, log_x):
     if not charts:
         return tag("p", "No run has evaluations in metrics.jsonl.")
     told = ["Lines are means over seeds, bands reach from the lowest seed to the highest."]
-    if analysis.target is not None:
+    if drawn_column(ranking) != ranking.loss_column:
+        told.append(f"The {WHAT[ranking.loss_column]} was scored once, at the end: the validation loss is drawn.")
+    elif analysis.target is not None:
         told.append(f"The dotted line is the loss of {analysis.target:.4f} that costs are about.")
     if len(ranking.configurations) > MAX_LINES:
         told.append(f"The first {MAX_LINES} of {len(ranking.configurations)} rows are drawn.")

@@ -237,7 +237,7 @@ def line_with_band(series, x_scale, y_scale):
         back = [(series.x[index], series.low[index]) for index in reversed(usable)]
         drawn += element("path", d=path_of(x_scale, y_scale, there + back) + "Z", class_=f"b {color}")
     drawn += element("path", d=path_of(x_scale, y_scale, points), class_=f"l {color}")
-    for x, y in series.dots:
+    for x, y in series.dots or points[: len(points) == 1]:  # a line of one point would be invisible
         drawn += element("circle", cx=number(x_scale(x)), cy=number(y_scale(y)), r=3.5, class_=f"p on {color}")
     return drawn
 

@@ -103,7 +103,8 @@ def main(arguments):
     record["runs"] = [{"name": run.name, "arguments": run.arguments, "tokens": run.tokens} for run in runs]
     write_json(folder / "sweep.json", record)
     failed = runner.run(runs, folder, "runs")
-    print(f"\n{len(runs) - len(failed)} of {len(datasets) * len(sweep.seeds)} runs finished in {folder}; compare them with\n"
+    n_planned = len(datasets) * len(sweep.seeds)
+    print(f"\n{len(runs) - len(failed)} of {n_planned} runs finished in {folder}; compare them with\n"
           f"python compare_architectures.py --runs_dir {folder.as_posix()}")  # fmt: skip
     left_out = [label_of(cell) for cell, found in tuned.items() if found.loss is None]
     wrong = [f"no trial of {', '.join(left_out)} worked"] if left_out else []
