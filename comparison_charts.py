@@ -66,7 +66,7 @@ def loss_name(ranking, column=None):
 
 
 def drawn_column(ranking):
-    """The loss that curves are drawn of: the ranking's, or the validation loss where that was scored once, at the end."""
+    """the ranking's, or the validation loss where that was scored at the end alone."""
     runs = [run for each in ranking.configurations[:MAX_LINES] for run in each.runs]
     lengths = {name: max(len(curve(run, name)["loss"]) for run in runs) for name in (ranking.loss_column, FINAL)}
     return FINAL if lengths[ranking.loss_column] < 2 <= lengths[FINAL] else ranking.loss_column
