@@ -66,7 +66,7 @@ def loss_name(ranking, column=None):
 
 
 def drawn_column(ranking):
-    """the ranking's, or the validation loss where that was scored at the end alone."""
+    """The loss to draw curves of: the ranking's, or the validation loss where that was scored at the end alone."""
     runs = [run for each in ranking.configurations[:MAX_LINES] for run in each.runs]
     lengths = {name: max(len(curve(run, name)["loss"]) for run in runs) for name in (ranking.loss_column, FINAL)}
     return FINAL if lengths[ranking.loss_column] < 2 <= lengths[FINAL] else ranking.loss_column
@@ -156,11 +156,8 @@ def difference_charts(ranking):
             pair = pair if pair.second is each else pair.reversed()
             rows.append((names[each], pair.difference.mean, pair.difference.half_width, color))
     title = f"Difference from {ranking.numbers[best]} {best.label}"
-    return (
-        [interval_chart(rows, f"{WHAT[ranking.loss_column]}, minus that of {ranking.numbers[best]}", title)]
-        if rows
-        else []
-    )
+    x_label = f"{WHAT[ranking.loss_column]}, minus that of {ranking.numbers[best]}"
+    return [interval_chart(rows, x_label, title)] if rows else []
 
 
 def order_charts(order):

@@ -21,7 +21,7 @@ from comparison_ranking import (
     value_of,
 )
 from comparison_runs import some
-from comparison_settings import differing_fields, setting_text
+from comparison_settings import differing_fields, key_of, setting_text
 
 ONE_SEED = "One seed each: no claim about a difference can be made beyond these runs (repeat them with other --seed)."
 AMOUNT = {"tokens": count, "FLOPs": si, "hours": hours, "joules": si}
@@ -84,9 +84,9 @@ def size_text(runs, column):
 
 
 def sizes_of(runs):
-    """[[run, ...], ...] by parameters: a size ends where the next run is a quarter larger; [runs] where one is unknown.
+    """[[run, ...], ...] by parameters: a size ends where the next run is a quarter larger.
 
-    Only sizes that stand apart like this are told apart: with a run between them they are one, and not matched.
+    [runs] where a run's parameters are unknown, and where a size has one architecture alone: it is matched to nothing.
     """
     if not all(run.values["parameters"] for run in runs):
         return [runs]
@@ -94,7 +94,7 @@ def sizes_of(runs):
     for run in sorted(runs, key=lambda run: run.values["parameters"]):
         is_next = levels and run.values["parameters"] <= SAME_SIZE * levels[-1][-1].values["parameters"]
         levels[-1].append(run) if is_next else levels.append([run])
-    return levels
+    return levels if all(len({key_of(run.model) for run in level}) > 1 for level in levels) else [runs]
 
 
 def finding_sections(ranking, severity, limit):

@@ -386,6 +386,12 @@ def test_a_size_apart_has_a_sentence_and_matched_is_said_of_each_size(tmp_path):
     assert lowest in [sentence for sentence, _ in rows]
 
 
+def test_a_small_and_a_large_model_are_not_matched_by_being_alone_at_their_sizes(tmp_path):
+    for name, total in (("a", 1_000_000), ("b", 1_001_000), ("c", 5_000_000)):
+        make_run(tmp_path, name, n_layer=ord(name), parameters__total=total)
+    assert size_text(find_runs(tmp_path)[0], "parameters") == "parameters not matched (400.0% apart)"
+
+
 def test_matched_is_not_said_where_a_size_is_unknown(tmp_path):
     for name, total in (("a", 1000), ("b", 1001), ("c", None)):
         make_run(tmp_path, name, {"n_params": total}, n_layer=ord(name), parameters__total=total)
