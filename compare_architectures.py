@@ -30,10 +30,11 @@ from comparison_evals import eval_problems, rows_for_csv
 from comparison_folders import fresh_folder, token_count
 from comparison_groups import draw_loss_parts
 from comparison_html import write_html
+from comparison_logs import prompt_problems
 from comparison_plots import draw_curves
 from comparison_ranking import COLUMN, rank
 from comparison_report import show, write_csv, write_evaluations, write_markdown, write_pairs
-from comparison_runs import find_runs, prompt_problems
+from comparison_runs import find_runs
 from user_errors import Parser, UserError, did_you_mean, exit_on_user_error
 
 PIPE_WIDTH = 160  # columns when the output goes to a file or a pipe, so that every run keeps to one line

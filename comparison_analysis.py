@@ -91,6 +91,8 @@ def ratio_to(ranking, costs, reference, axis):
     reasons = dict.fromkeys(why for claim in claims for why in ranking.voids.between(one.runs, other.runs, claim))
     if reasons:
         return None, f"no ratio: {', '.join(reasons)}"
+    if not all(each.n_reached == len(each.configuration.seeds) for each in (costs, reference)):
+        return None, "no ratio: not every seed reached it"  # those that did are the lucky ones
     seeds = shared_seeds(one, other)
     first = {seed: value for seed, value in reference.by_axis[axis].items() if seed in seeds}
     ratio = paired_ratio(first, costs.by_axis[axis])

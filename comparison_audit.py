@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from comparison_checkpoints import problems_between, problems_of_run, read_run
-from comparison_runs import (
-    AUDITED_TRAINING,
+from comparison_runs import AUDITED_TRAINING
+from comparison_settings import (
     BOOKKEEPING,
     RESOLVED,
     differing_fields,
@@ -360,13 +360,18 @@ def has_complete_seeds(runs):
     return len({frozenset(each) for each in seeds.values()}) == 1
 
 
+TUNED = ("learning_rate", "weight_decay")  # what the trials of a sweep choose
+
+
 def training_findings(runs):
     """Settings of training, beside the audited ones, in which the runs differ."""
-    found = []
+    found, are_tuned = [], all(recorded_budget(run) for run in runs)
     for name in differing_fields([run.training for run in runs]):
         if name in AUDITED_TRAINING or name.startswith("source of "):
             continue
         consequence = "the difference is not the architecture's alone"
+        if are_tuned and name in TUNED:
+            consequence = "each at what it did best with in its trials"
         check = Check(name, "note", consequence, lambda run, name=name: setting_text(run.training, name))
         found += differing(check, runs)
     return found
@@ -417,6 +422,9 @@ class Voids:
         flaws += [
             ((LOSS, SPEED), f"the logs of {run.name} contradict each other") for run in runs if run.log_disagreement
         ]
+        lost = [run.name for run in runs if run.is_finished and run.values.get(run.ranked_by) is None]
+        if 0 < len(lost) < len(runs):  # a mean over those that survived flatters
+            flaws.append(((LOSS,), f"{', '.join(lost)} ended without a finite loss"))
         return {
             "checks": checks,
             "values": {what: values for what, _, values in checks},

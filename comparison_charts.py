@@ -6,6 +6,7 @@ comparison_svg.py knows how to draw; this file knows what.
 """
 
 import math
+import re
 
 import numpy as np
 
@@ -26,13 +27,49 @@ from comparison_svg import (
 
 MAX_LINES = 10  # configurations in one chart
 MAX_POINTS = 40
+FINAL = "final_val_loss"
 AXIS_TEXT = {"tokens": tokens_number}
 UNITS = ("bytes", "KiB", "MiB", "GiB")
 
 
-def loss_name(ranking):
+def short_names(configurations):
+    """{configuration: label}, without the words that all labels begin or end with.
+
+    The '-1.1M' of a single size says nothing, and takes the room of what tells the labels apart.
+    """
+    words = [re.split(r"(?<=[-_/])(?=.)", each.label) for each in configurations]
+    kept = [[re.sub(r"[-_/]$", "", word) for word in each] for each in words]
+    first = shared_start(kept)
+    last = shared_start([each[first:][::-1] for each in kept])
+    return {each: "".join(pieces[first : len(pieces) - last]).rstrip("-_/") or each.label
+            for each, pieces in zip(configurations, words, strict=True)}  # fmt: skip
+
+
+def shared_start(lists):
+    """How many items all lists begin with, at least one item of each left over."""
+    if len(lists) < 2:
+        return 0
+    most = min(map(len, lists)) - 1
+    return next((index for index in range(most) if len({each[index] for each in lists}) > 1), max(0, most))
+
+
+def chart_names(ranking):
+    """{configuration: '1 llama'}: the number that it has in the table, and its short name."""
+    short = short_names(ranking.configurations)
+    return {each: f"{ranking.numbers[each].lstrip('#')} {short[each]}" if each in ranking.ranked else short[each]
+            for each in ranking.configurations}  # fmt: skip
+
+
+def loss_name(ranking, column=None):
     """'validation loss', of a point on a curve."""
-    return WHAT[ranking.loss_column].replace("final ", "").replace("best ", "")
+    return WHAT[column or ranking.loss_column].replace("final ", "").replace("best ", "")
+
+
+def drawn_column(ranking):
+    """The loss to draw curves of: the ranking's, or the validation loss where that was scored at the end alone."""
+    runs = [run for each in ranking.configurations[:MAX_LINES] for run in each.runs]
+    lengths = {name: max(len(curve(run, name)["loss"]) for run in runs) for name in (ranking.loss_column, FINAL)}
+    return FINAL if lengths[ranking.loss_column] < 2 <= lengths[FINAL] else ranking.loss_column
 
 
 # -- learning curves
@@ -40,21 +77,22 @@ def loss_name(ranking):
 
 def curve_charts(ranking, analysis, log_x=False):
     """([svg, ...], [axis that no run records, ...]); ([], []) when there are no curves."""
-    configurations = ranking.configurations[:MAX_LINES]
-    curves = {run: curve(run, ranking.loss_column) for each in configurations for run in each.runs}
+    configurations, column = ranking.configurations[:MAX_LINES], drawn_column(ranking)
+    target = analysis.target if column == ranking.loss_column else None
+    curves = {run: curve(run, column) for each in configurations for run in each.runs}
     if not any(points["loss"] for points in curves.values()):
         return [], []
-    limits, charts, absent = limits_of(curves, analysis.target), [], []
+    limits, charts, absent, names = limits_of(curves, target), [], [], chart_names(ranking)
     for axis in AXES:
-        lines = [line_of(ranking, each, index, curves, axis) for index, each in enumerate(configurations)]
+        lines = [line_of(names[each], each, index, curves, axis) for index, each in enumerate(configurations)]
         lines = [line for line in lines if line.x]
         if not lines:
             absent.append(axis)
             continue
         x_label = axis if axis == "tokens" else f"training {axis}"
-        title = f"{loss_name(ranking)} against {axis}".capitalize()
+        title = f"{loss_name(ranking, column)} against {axis}".capitalize()
         x_text = AXIS_TEXT.get(axis, plain_number)
-        charts.append(line_chart(lines, x_label, loss_name(ranking), limits, title, log_x, x_text, analysis.target))
+        charts.append(line_chart(lines, x_label, loss_name(ranking, column), limits, title, log_x, x_text, target))
     return charts, absent
 
 
@@ -65,11 +103,11 @@ def limits_of(curves, target):
     return (low, high) if target is None else (min(low, target), max(high, target))
 
 
-def line_of(ranking, configuration, index, curves, axis):
+def line_of(name, configuration, index, curves, axis):
     """The mean over a configuration's runs at the token counts that all of them were evaluated at, and their range."""
     tables = [{tokens: (x, loss) for tokens, x, loss in zip(points["tokens"], points[axis], points["loss"], strict=True)
                if x is not None} for points in (curves[run] for run in configuration.runs)]  # fmt: skip
-    line = Series(f"{ranking.numbers[configuration].lstrip('#')} {configuration.label}", index, [], [])
+    line = Series(name, index, [], [])
     for tokens in sorted(set.intersection(*map(set, tables))):
         xs, losses = zip(*(each[tokens] for each in tables), strict=True)
         line.x.append(math.fsum(xs) / len(xs))
@@ -88,10 +126,10 @@ def eval_charts(ranking, found):
 
 
 def eval_chart(ranking, found, name, panel):
-    groups, lines = groups_of(panel), []
+    groups, lines, names = groups_of(panel), [], chart_names(ranking)
     for index, each in enumerate(ranking.configurations[:MAX_LINES]):
         there = {group: values for group, values in panel.get(each, {}).items() if any_number(values)}
-        line = Series(f"{ranking.numbers[each].lstrip('#')} {each.label}", index, [], [])
+        line = Series(names[each], index, [], [])
         for group in (group for group in groups if group in there):
             mean, low, high = means_and_range(there[group])
             line.x.append(groups.index(group))
@@ -111,15 +149,15 @@ def eval_chart(ranking, found, name, panel):
 
 def difference_charts(ranking):
     """[svg] of the intervals against the best, of the rows that a claim can be made about."""
-    best, rows = ranking.best, []
+    best, rows, names = ranking.best, [], chart_names(ranking)
     for color, each in enumerate(ranking.ranked[: MAX_LINES + 1]):
         pair = ranking.pair(best, each) if each is not best else None
         if pair is not None and pair.difference.n and not pair.voids:
             pair = pair if pair.second is each else pair.reversed()
-            name = f"{ranking.numbers[each]} {each.label}"
-            rows.append((name, pair.difference.mean, pair.difference.half_width, color))
+            rows.append((names[each], pair.difference.mean, pair.difference.half_width, color))
     title = f"Difference from {ranking.numbers[best]} {best.label}"
-    return [interval_chart(rows, f"{WHAT[ranking.loss_column]}, minus {best.label}'s", title)] if rows else []
+    x_label = f"{WHAT[ranking.loss_column]}, minus that of {ranking.numbers[best]}"
+    return [interval_chart(rows, x_label, title)] if rows else []
 
 
 def order_charts(order):
@@ -132,13 +170,13 @@ def order_charts(order):
 
 def pareto_charts(ranking, analysis):
     """[svg, ...], one for each cost that can be held against each other."""
-    charts, color = [], {each: index for index, each in enumerate(ranking.ranked)}
+    charts, color, names = [], {each: index for index, each in enumerate(ranking.ranked)}, chart_names(ranking)
     for front in analysis.fronts:
         drawn = [point for point in front.points if point[0] > 0][:MAX_POINTS]
         if front.why_not or not drawn:
             continue
         unit, size = unit_of(front.column, [cost for cost, _, _ in drawn])
-        points = [(cost / size, loss, f"{color[each] + 1} {each.label}", color[each]) for cost, loss, each in drawn]
+        points = [(cost / size, loss, names[each], color[each]) for cost, loss, each in drawn]
         on_it = [index for index, (_, _, each) in enumerate(drawn) if each in front.members]
         on_it.sort(key=lambda index: points[index][0])
         title = f"{loss_name(ranking)} against {front.title}".capitalize()

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from comparison_audit import configuration_key
-from comparison_runs import key_of
+from comparison_settings import key_of
 from comparison_stats import estimate, paired_difference
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from comparison_runs import OF_ONE_OBJECTIVE, number, prompt_score
+from comparison_logs import OF_ONE_OBJECTIVE, prompt_score
+from comparison_settings import number
 from comparison_stats import estimate, first_crossing, kendall_tau
 
 AXES = ("tokens", "FLOPs", "hours", "joules")  # what a curve can be drawn against and a loss can cost

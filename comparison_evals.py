@@ -11,7 +11,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from comparison_runs import dig, key_of, number, short, some
+from comparison_runs import some
+from comparison_settings import dig, key_of, number, short
 from comparison_stats import estimate
 
 RANGE = re.compile(r"(?:over )?(\d+)(?:-\d+|x)?|never")  # the name of a group that has a place among numbers

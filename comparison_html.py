@@ -14,6 +14,7 @@ from comparison_charts import (
     MAX_LINES,
     curve_charts,
     difference_charts,
+    drawn_column,
     eval_charts,
     order_charts,
     pareto_charts,
@@ -22,7 +23,7 @@ from comparison_charts import (
 from comparison_evals import findings_of
 from comparison_html_style import STYLE
 from comparison_ranking import WHAT, cell, component_effects, name_of, numbers_of, p_text
-from comparison_runs import BOOKKEEPING, differing_fields, setting_text, value_text
+from comparison_settings import BOOKKEEPING, differing_fields, setting_text, value_text
 from comparison_words import (
     amount_text,
     best_pair_section,
@@ -235,13 +236,16 @@ def pairs_table(ranking, pairs):
     if not any(pair.voids for pair in pairs[:MAX_PAIRS]):
         headers, rows = headers[:-1], [row[:-1] for row in rows]
     hidden = len(pairs) - MAX_PAIRS
-    return table(headers, rows) + (tag("p", f"{hidden} more are in pairs.csv.", class_="small") if hidden > 0 else "")
+    return table(headers, rows, "pairs") + (
+        tag("p", f"{hidden} more are in pairs.csv.", class_="small") if hidden > 0 else ""
+    )
 
 
 def other_pairs(ranking, pairs):
     if not pairs:
         return ""
-    return tag("details", tag("summary", f"The other {len(pairs)} pairs") + pairs_table(ranking, pairs))
+    title = "The other pair" if len(pairs) == 1 else f"The other {len(pairs)} pairs"
+    return tag("details", tag("summary", title) + pairs_table(ranking, pairs))
 
 
 # -- curves
@@ -253,7 +257,9 @@ def curves_part(ranking, analysis, log_x):
     if not charts:
         return tag("p", "No run has evaluations in metrics.jsonl.")
     told = ["Lines are means over seeds, bands reach from the lowest seed to the highest."]
-    if analysis.target is not None:
+    if drawn_column(ranking) != ranking.loss_column:
+        told.append(f"The {WHAT[ranking.loss_column]} was scored once, at the end: the validation loss is drawn.")
+    elif analysis.target is not None:
         told.append(f"The dotted line is the loss of {analysis.target:.4f} that costs are about.")
     if len(ranking.configurations) > MAX_LINES:
         told.append(f"The first {MAX_LINES} of {len(ranking.configurations)} rows are drawn.")

@@ -62,6 +62,7 @@ max-width:16em;white-space:normal;min-width:8.5em;overflow-wrap:anywhere}
 table.ranking th:nth-child(2),table.evals th:nth-child(2){background:var(--tint)}
 table.ranking td:nth-child(4){white-space:normal;min-width:10em}
 table.ranking tbody tr:first-child td{font-weight:600}
+table.pairs td:nth-child(-n+2){white-space:normal;min-width:10.5em;max-width:17em;overflow-wrap:anywhere}
 .badge{display:inline-block;padding:0 8px;border-radius:10px;font-size:.8rem;line-height:1.6;white-space:nowrap;
 background:var(--tint);color:var(--soft)}
 .separable{color:var(--good)}
@@ -84,7 +85,7 @@ th,td{padding:6px 9px}}
 CHARTS = """
 svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--soft)}
 svg .t{font-size:12px;fill:var(--ink)}
-svg .n{font-weight:600;paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
+svg .n{font-size:11px;font-weight:600;paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
 svg .g{stroke:var(--grid)}
 svg .a{stroke:var(--soft);stroke-opacity:.6}
 svg .m{stroke:var(--soft);stroke-dasharray:2 4}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from comparison_logs import read_metrics, series
 from comparison_ranking import cell, name_of, si
-from comparison_runs import read_metrics, series
 from comparison_stats import smooth
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; yellow is left out because it vanishes on white.
@@ -155,7 +155,7 @@ def time_unit(curves, quantity):
 
 
 def loss_limits(curves):
-    """From just below the lowest loss to where the typical run stood after a tenth of its tokens.
+    """From just below the lowest loss to where the typical run stood after a seventh of its tokens.
 
     The first steps fall from ln(vocabulary) and would squeeze what the comparison is about into a few pixels.
     """
@@ -165,7 +165,7 @@ def loss_limits(curves):
         loss_values, tokens = curve["loss"][there], curve["tokens"][there]
         if loss_values.size:
             lows.append(loss_values.min())
-            early.append(np.interp(0.1 * tokens[-1], tokens, loss_values))
+            early.append(np.interp(tokens[-1] / 7, tokens, loss_values))
     if not lows:
         return None, None
     bottom, top = min(lows), max(float(np.median(early)), max(lows))

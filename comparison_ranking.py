@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from comparison_audit import LOSS, Voids, audit, comparable_groups
 from comparison_configurations import group_configurations, paired
 from comparison_curves import hold_at
-from comparison_runs import OF_ONE_OBJECTIVE, differing_fields, key_of
+from comparison_logs import OF_ONE_OBJECTIVE
+from comparison_settings import differing_fields, key_of
 from comparison_stats import CONFIDENCE, Estimate, holm
 
 # -- numbers as a person reads them
@@ -287,6 +288,11 @@ class Ranking:
     def pair(self, one, other):
         """The Pair of two ranked configurations, whichever is placed better."""
         return self.pairs[(one, other)] if (one, other) in self.pairs else self.pairs[(other, one)]
+
+    def verdict_of(self, one, other):
+        """The verdict on two ranked configurations; '' for two that were not held against each other."""
+        pair = self.pairs.get((one, other)) or self.pairs.get((other, one))
+        return pair.verdict if pair else ""
 
     @property
     def n_tested(self):

@@ -8,51 +8,31 @@ metrics.jsonl is read for curves, and for runs that have no summary yet.
 A file that cannot be read costs one line naming its run, and the other runs are still compared.
 """
 
-import ast
 import functools
 import glob
-import hashlib
 import json
 import math
 import os
-import re
-import statistics
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from comparison_logs import OF_ONE_OBJECTIVE, last_evals, prompt_score, read_metrics, summary_from_metrics
+from comparison_settings import (
+    BOOKKEEPING,
+    MODEL_LABELS,
+    NOT_COMPONENTS,
+    RESOLVED,
+    defined_parts,
+    dig,
+    flat_settings,
+    number,
+    short,
+)
 from user_errors import UserError, did_you_mean
 
 RUN_FORMAT = 1  # of config.json and summary.json; older ones are read as far as they go
-
-# Settings that leave the weights alone: two runs that differ only here, or in the seed, are the same configuration.
-BOOKKEEPING = {
-    "match", "match_to", "eval_schedule", "checkpoint_tokens", "first_epoch_checkpoints", "subsequent_epochs_spacing",
-    "min_checkpoints_per_epoch",  # what `match` solved is in the model's own fields
-    "run_name", "runs_dir", "seed", "init_from", "resume_step", "data_dir", "input", "shard_tokens",
-    "prefetch_batches", "loss_chunk_elements", "kernel_backend", "max_non_finite_steps", "threads", "eval_interval",
-    "eval_only", "sample_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "layer_stats_interval",
-    "tensorboard", "wandb_log", "wandb_project", "wandb_run_name", "plot", "pseudo_perplexity_tokens",
-    "pseudo_perplexity_always", "tuning_runs", "tuning_tokens", "use_fsdp", "use_zero1", "fsdp_reshard_after_forward",
-    "fsdp_replicas", "fsdp_cpu_offload", "tensor_parallel", "expert_parallel", "collective_timeout",
-    "gradient_checkpointing", "dry_run", "target_gpu", "target_n_gpu", "target_mfu", "auto_resume", "checkpoint_format",
-}  # fmt: skip
-# Settings that the audit compares as what they resolve to: 'auto' and 'cpu' may be the same device.
-RESOLVED = {
-    "dataset", "tokenizer", "tokenizer_vocab_size", "variant", "objective", "batch_size", "eval_iters",
-    "gradient_accumulation_steps", "max_iters", "max_tokens", "epochs", "device", "dtype", "tf32", "compile",
-}  # fmt: skip
-# Scores of summary.json and of an evaluation's row that some objectives have.
-OF_ONE_OBJECTIVE = (
-    "pseudo_perplexity", "masked_accuracy", "answer_accuracy",
-    "lm_loss", "wp_loss", "wp_acc", "wp_gap", "wp_ece", "wp_brier",
-)  # fmt: skip
-# Names for sets of other fields: `team` and `llama` are the same architecture.
-MODEL_LABELS = {"arch_preset", "model_size"}
-# Model fields that the data decides, and how the network is computed rather than what it is.
-NOT_COMPONENTS = {"vocab_size", "attention_backend"}
 
 
 # -- reading one run
@@ -149,29 +129,6 @@ class Run:
         return kernels if isinstance(kernels, dict) else {}
 
 
-def dig(tree, *path, default=None):
-    """tree[path[0]][path[1]]..., or `default` where a step is missing or is not a dict."""
-    for step in path:
-        if not isinstance(tree, dict):
-            return default
-        tree = tree.get(step)
-    return default if tree is None else tree
-
-
-def number(value):
-    """A finite float or int as it is; None for everything else (null, NaN, text, a truth value)."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and abs(value) <= sys.float_info.max else None
-
-
-def flat_settings(settings):
-    """Settings with the options of parts among them: {'part_options': {'d_state': 16}} becomes {'d_state': 16}."""
-    settings = settings if isinstance(settings, dict) else {}
-    options = settings.get("part_options")
-    flat = {name: value for name, value in settings.items() if name != "part_options"}
-    return flat | options if isinstance(options, dict) else flat
-
-
 def precision(run):
     dtype = run.get("resolved", "dtype")
     return f"{dtype} (TF32)" if dtype == "float32" and run.get("resolved", "tf32") is True else dtype
@@ -187,92 +144,6 @@ AUDITED_TRAINING = {
     "precision": precision,
     "initial weights": initial_weights,
 }
-
-
-def short(value, length=10):
-    return None if value is None else str(value)[:length]
-
-
-def value_text(value):
-    """A setting's value as a person would type it; whole numbers with thousands separated."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, (dict, list)):
-        return json.dumps(value)
-    return str(value)
-
-
-def setting_text(settings, name):
-    """A setting's text; options of parts are only written down where they were set."""
-    return value_text(settings[name]) if name in settings else "default"
-
-
-def differing_fields(tables):
-    """Names whose values are not the same in all of the dicts, in the order in which they appear."""
-    names = {name: None for table in tables for name in table}
-    return [name for name in names if len({key_of(table.get(name)) for table in tables}) > 1]
-
-
-def key_of(value):
-    """A hashable stand-in for a value of config.json; equal values have equal keys, 1 and 1.0 included."""
-    if isinstance(value, dict):
-        return tuple(sorted((name, key_of(item)) for name, item in value.items()))
-    if isinstance(value, list):
-        return tuple(key_of(item) for item in value)
-    if number(value) is not None:
-        return repr(float(value))
-    return repr(value)
-
-
-# -- parts defined in config files
-
-
-def defined_parts(folder):
-    """{name: short hash} of the parts that config files in this folder register with a decorator or by assignment.
-
-    The hash is over everything in the file but its plain settings, comments left out: a helper that a part calls is
-    part of it. A file that cannot be parsed counts as its bytes.
-    """
-    parts = {}
-    for path in sorted(folder.glob("*.py")):
-        try:
-            source = path.read_bytes()
-        except OSError:
-            continue
-        if b"_REGISTRY" in source:
-            parts |= parts_of(source)
-    return parts
-
-
-def parts_of(source):
-    """{name: short hash} for one file's bytes."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        names, code = re.findall(r"_REGISTRY[(\[]\s*['\"](\w+)", source.decode("utf-8", "replace")), source
-    else:
-        names = [node.value for node in map(registered_name, ast.walk(tree)) if isinstance(node, ast.Constant)]
-        code = "\n".join(ast.unparse(node) for node in tree.body if not is_plain_setting(node)).encode()
-    return {str(name): hashlib.sha256(code).hexdigest()[:8] for name in names}
-
-
-def registered_name(node):
-    """The node of 'x' in X_REGISTRY('x') and X_REGISTRY['x'], else None."""
-    if isinstance(node, ast.Call) and node.args and is_registry(node.func):
-        return node.args[0]
-    return node.slice if isinstance(node, ast.Subscript) and is_registry(node.value) else None
-
-
-def is_registry(node):
-    return isinstance(node, ast.Name) and node.id.endswith("_REGISTRY")
-
-
-def is_plain_setting(node):
-    """A docstring, or an assignment of a value written out, such as n_layer = 4."""
-    if isinstance(node, ast.Expr):
-        return isinstance(node.value, ast.Constant)
-    is_named = isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets)
-    return is_named and not any(isinstance(part, (ast.Call, ast.Lambda)) for part in ast.walk(node.value))
 
 
 class UnreadableRunError(Exception):
@@ -350,131 +221,6 @@ def table_values(run, summary):
     return values
 
 
-def prompt_score(folder, step=None):
-    """((what was asked, how, step), score) of the line that evaluate.py appended last to a run's evals.jsonl.
-
-    Of the checkpoint at `step`, else of the latest that has a line. (None, None) where there is no such line; one that
-    was cut off is left out.
-    """
-    row = last_evals(folder, step).get("prompts")
-    if row is None or number(row.get("score")) is None:
-        return None, None
-    asked = f"{dig(row, 'prompt_file', 'name')} (sha256 {short(dig(row, 'prompt_file', 'sha256'))})"
-    return (asked, key_of(row.get("decoding")), row["step"]), number(row["score"])
-
-
-def last_evals(folder, step=None):
-    """{kind: line} of a run's evals.jsonl: of each kind the line that was appended last about the checkpoint at `step`,
-    else about the latest checkpoint that has one. What was cut off is left out.
-    """
-    try:
-        rows = [parse_row(line) for line in (Path(folder) / "evals.jsonl").read_bytes().splitlines()]
-    except OSError:
-        return {}
-    found = {}
-    for row in rows:
-        if row is not None and step in (None, row["step"]):
-            kind = str(row.get("kind"))
-            if kind not in found or found[kind]["step"] <= row["step"]:
-                found[kind] = row
-    return found
-
-
-def prompt_problems(runs):
-    """Lines on prompt scores that cannot be held against each other, or are not of the end of a run."""
-    asked = [run for run in runs if run.prompts]
-    problems = [
-        f"{run.name}: its prompt score is of step {run.prompts[2]}, not of its last, {run.values['steps']}"
-        for run in asked
-        if run.values["steps"] is not None and run.prompts[2] != run.values["steps"]
-    ]
-    for index, what in enumerate(("prompt files", "settings of decoding")):
-        different = list(dict.fromkeys(run.prompts[index] for run in asked))
-        if len(different) > 1:
-            names = f": {' and '.join(different[:2])}" if index == 0 else ""
-            problems.append(f"prompt scores are of different {what}{names}; they cannot be held against each other")
-    return problems
-
-
-# -- metrics.jsonl
-
-
-def read_metrics(folder, kind=None):
-    """(rows, problems) of metrics.jsonl, in the order of steps; lines that are cut off or garbled are left out.
-
-    With a `kind` only its rows are parsed, which is most of the time that a long file takes.
-    After a crash and a resume the steps in between were logged twice: the last line about a step counts.
-    """
-    try:
-        lines = (Path(folder) / "metrics.jsonl").read_bytes().splitlines()
-    except FileNotFoundError:
-        return [], []
-    except OSError as error:
-        return [], [f"metrics.jsonl cannot be read ({error})"]
-    rows, bad_lines = {}, []
-    mark = None if kind is None else f'"{kind}"'.encode()
-    for line_number, line in enumerate(lines, 1):
-        if mark is not None and mark not in line and line.endswith(b"}"):
-            continue
-        row = parse_row(line)
-        if row is not None and kind is not None and row.get("kind") != kind:
-            continue
-        if row is not None:
-            rows[(str(row.get("kind")), row["step"])] = row
-        elif line.strip():
-            bad_lines.append(line_number)
-    problems = []
-    if bad_lines:
-        where = f"line {bad_lines[0]}" if len(bad_lines) == 1 else f"{len(bad_lines)} lines, the first {bad_lines[0]},"
-        cut = " (cut off at the end)" if bad_lines == [len(lines)] else ""
-        problems.append(f"metrics.jsonl: {where} cannot be read{cut}; the rest is used")
-    return sorted(rows.values(), key=lambda row: row["step"]), problems
-
-
-def parse_row(line):
-    """One line of metrics.jsonl as a dict with a step, or None."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and number(row.get("step")) is not None else None
-
-
-def series(rows, kind, column):
-    """[value or None, ...] of one column over the rows of a kind, 'train' or 'eval'."""
-    return [number(row.get(column)) for row in rows if row.get("kind") == kind]
-
-
-def summary_from_metrics(rows):
-    """What summary.json would say so far, for a run that is still going or that died."""
-
-    def present(kind, column):
-        return [value for value in series(rows, kind, column) if value is not None]
-
-    def last(kind, column):
-        return (present(kind, column) or [None])[-1]
-
-    def median(column):
-        values = present("train", column)
-        return statistics.median(values) if values else None
-
-    last_row = rows[-1]
-    return {
-        "status": "unfinished",
-        "final_val_loss": last("eval", "val_loss"),
-        "best_val_loss": min(present("eval", "val_loss"), default=None),
-        "bits_per_byte": last("eval", "bits_per_byte"),
-        **{name: last("eval", name) for name in OF_ONE_OBJECTIVE},
-        "tokens_processed": last_row.get("tokens_processed"),
-        "train_seconds": last_row.get("train_seconds"),
-        "tokens_per_second": median("tokens_per_second"),
-        "mfu": median("mfu"),
-        "peak_memory_bytes": last("train", "peak_memory_bytes"),
-        "non_finite_steps": last("train", "non_finite_steps"),
-        "steps": last_row.get("step"),
-    }
-
-
 # -- finding runs
 
 
@@ -511,7 +257,7 @@ def find_runs(runs_dir, patterns=(), latest=None):
         raise UserError(f"no run can be compared; {problems[0]}{more}")
     if not patterns or latest:
         runs.reverse()
-    give_distinct_names(runs)
+    problems += give_distinct_names(runs)
     return runs, problems
 
 
@@ -580,13 +326,16 @@ def started_at(folder):
 
 
 def give_distinct_names(runs):
-    """Runs of one name from two folders are told apart by as much of their path as it takes."""
-    by_name = defaultdict(list)
+    """Runs of one name from two folders are told apart by as much of their path as it takes; a line for each name."""
+    by_name, told = defaultdict(list), []
     for run in runs:
         by_name[run.name].append(run)
-    for same in by_name.values():
+    for name, same in by_name.items():
         depth = 1
         while len(same) > 1 and depth < 8 and len({run.name for run in same}) < len(same):
             depth += 1
             for run in same:
                 run.name = run.values["name"] = "/".join(run.folder.resolve().parts[-depth:])
+        if len(same) > 1:
+            told.append(f"{name}: {len(same)} runs have this name, told apart as {some([run.name for run in same], 4)}")
+    return told

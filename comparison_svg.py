@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 380, 270
 LEFT, TOP, BOTTOM = 54, 12, 44
-LABEL_ROOM = 106  # to the right of the lines, for their names
+LABEL_ROOM = 106  # to the right of the lines, for their names; up to MOST_ROOM where they are long
+MOST_ROOM = 156
 GROUP_ROOM = 130  # for the name of a group, which stands aslant below the lines
 N_COLORS = 7
-LETTER = 8.2  # pixels a letter of a label takes
+LETTER = 7.7  # pixels a letter of a label takes
 
 
 @dataclass
@@ -200,9 +201,16 @@ def color_class(index):
 # -- charts
 
 
+def room_for(series):
+    """Pixels to the right of the lines for their names; a single line has none."""
+    if len(series) < 2:
+        return 24
+    return min(MOST_ROOM, max(LABEL_ROOM, 14 + LETTER * max(len(each.name) for each in series)))
+
+
 def line_chart(series, x_label, y_label, y_limits, title, is_log=False, x_text=plain_number, marker=None):
     """Lines named at their right ends, a single one by the title alone. `marker` is a y that is marked, as a target."""
-    right = WIDTH - (LABEL_ROOM if len(series) > 1 else 24)
+    right = WIDTH - room_for(series)
     values = [x for each in series for x in each.x if not is_log or x > 0]
     low, high = (min(values, default=1), max(values, default=1)) if is_log else (0, max(values))
     x_scale = Scale(low, high, LEFT, right, is_log and high > low)
@@ -229,7 +237,7 @@ def line_with_band(series, x_scale, y_scale):
         back = [(series.x[index], series.low[index]) for index in reversed(usable)]
         drawn += element("path", d=path_of(x_scale, y_scale, there + back) + "Z", class_=f"b {color}")
     drawn += element("path", d=path_of(x_scale, y_scale, points), class_=f"l {color}")
-    for x, y in series.dots:
+    for x, y in series.dots or points[: len(points) == 1]:  # a line of one point would be invisible
         drawn += element("circle", cx=number(x_scale(x)), cy=number(y_scale(y)), r=3.5, class_=f"p on {color}")
     return drawn
 
@@ -242,13 +250,13 @@ def end_labels(series, x_scale, y_scale):
         color = color_class(each.color)
         path = f"M{x_scale(each.x[-1]) + 2:.1f} {y:.1f}L{right + 8:.1f} {place:.1f}"
         drawn += element("path", d=path, class_=f"k {color}")
-        drawn += text(right + 11, place + 3.5, cut(each.name, LABEL_ROOM - 12), class_=f"n {color}")
+        drawn += text(right + 11, place + 3.5, cut(each.name, WIDTH - right - 12), class_=f"n {color}")
     return drawn if len(series) > 1 else ""
 
 
 def group_chart(series, groups, x_label, y_label, y_limits, title):
     """Lines over named groups; x of the series are indices into them. Names of groups stand aslant."""
-    right, bottom = WIDTH - (LABEL_ROOM if len(series) > 1 else 24), HEIGHT - BOTTOM
+    right, bottom = WIDTH - room_for(series), HEIGHT - BOTTOM
     x_scale = Scale(-0.3, len(groups) - 0.7, LEFT, right)
     y_scale = Scale(*y_limits, bottom, TOP)
     drawn, names = y_axis(x_scale, y_scale, y_label, plain_number), [cut(name, GROUP_ROOM) for name in groups]
@@ -291,7 +299,7 @@ def point_labels(points, x_scale, y_scale):
     taken = [(x_scale(x) - 6, y_scale(y) - 6, x_scale(x) + 6, y_scale(y) + 6) for x, y, *_ in points]
     drawn = ""
     for x, y, name, color in points:
-        name = cut(name, 110)
+        name = cut(name, 118)
         box = free_box(x_scale(x), y_scale(y), len(name) * LETTER, taken)
         if box is None:
             continue
@@ -317,7 +325,7 @@ def overlap(one, other):
 def interval_chart(rows, x_label, title):
     """Rows (name, middle, half width or None, colour) under each other, with a line at zero."""
     height = TOP + 26 * len(rows) + BOTTOM
-    left = min(150, 20 + LETTER * max(len(name) for name, *_ in rows))
+    left = min(180, 20 + LETTER * max(len(name) for name, *_ in rows))
     ends = [middle + side * (half or 0) for _, middle, half, _ in rows for side in (-1, 1)]
     x_scale = Scale(*padded([*ends, 0.0]), left, WIDTH - 14)
     bottom = height - BOTTOM
@@ -333,5 +341,5 @@ def interval_chart(rows, x_label, title):
             path = path_of(x_scale, lambda value, y=y: y, [(middle - half, 0), (middle + half, 0)])
             drawn += element("path", d=path, class_=f"l {color_class(color)}")
         drawn += element("circle", cx=number(x_scale(middle)), cy=y, r=4, class_=f"p on {color_class(color)}")
-    drawn += text((left + WIDTH - 14) / 2, bottom + 34, x_label, text_anchor="middle", class_="t")
+    drawn += text(WIDTH / 2, bottom + 34, x_label, text_anchor="middle", class_="t")
     return picture(drawn, title, height)

@@ -7,9 +7,10 @@ import math
 from collections import defaultdict
 
 from comparison_analysis import ratio_to
-from comparison_audit import CHECKS, audit
+from comparison_audit import CHECKS, audit, tuning_budgets
 from comparison_evals import findings_of
 from comparison_ranking import (
+    SAME_SIZE,
     WHAT,
     alike_in_size,
     component_effects,
@@ -19,7 +20,8 @@ from comparison_ranking import (
     si,
     value_of,
 )
-from comparison_runs import differing_fields, setting_text, some
+from comparison_runs import some
+from comparison_settings import differing_fields, key_of, setting_text
 
 ONE_SEED = "One seed each: no claim about a difference can be made beyond these runs (repeat them with other --seed)."
 AMOUNT = {"tokens": count, "FLOPs": si, "hours": hours, "joules": si}
@@ -55,7 +57,11 @@ def rules_section(ranking):
     is_shape_equal = {"tokens", "tokens per step", "block_size"} <= set(equal) and "seed" not in differs
     if are_streams_known and is_shape_equal and not any(what.startswith("stream") for what in differs):
         equal.append("batch stream of each seed")
-    sizes = [size_text(ranking.runs, column) for column in ("parameters", "flops_per_token")]
+    budgets = {budget for run, budget in tuning_budgets(ranking.runs).items() if run.is_finished}
+    equal += [f"tuning budget ({budgets.pop()})"] if len(budgets) == 1 else []
+    has_idle = any(run.values["active_parameters"] != run.values["parameters"] for run in ranking.runs)
+    columns = ("parameters", "active_parameters", "flops_per_token") if has_idle else ("parameters", "flops_per_token")
+    sizes = [size_text(ranking.runs, column) for column in columns]
     rows = [("Equal", ", ".join(equal) or "nothing"), ("Size", " · ".join(filter(None, sizes)) or "not recorded")]
     if ranking.held:
         rows.append(("Held", ranking.held))
@@ -63,13 +69,32 @@ def rules_section(ranking):
 
 
 def size_text(runs, column):
-    """'Matched' is a measured word: within 1%, or it is not said."""
+    """'Matched' is a measured word: within 1% and known of every run, or it is not said."""
     values = [run.values[column] for run in runs if run.values[column]]
     if len(values) < 2:
         return ""
-    excess = max(values) / min(values) - 1
-    word = "matched" if excess <= 0.01 else "not matched"
-    return f"{column.replace('_', ' ').replace('flops', 'FLOPs')} {word} ({100 * excess:.1f}% apart)"
+    levels = sizes_of(runs)
+    spreads = [[run.values[column] for run in level if run.values[column]] for level in levels]
+    excess = max(max(each) / min(each) - 1 for each in spreads if each)
+    n_unknown = len(runs) - len(values)
+    word = "matched" if excess <= 0.01 and not n_unknown else "not matched"
+    unknown = f", {n_unknown} of {len(runs)} runs not recorded" if n_unknown else ""
+    apart = f"{100 * excess:.1f}% apart" + (f" within each of {len(levels)} sizes" if len(levels) > 1 else "")
+    return f"{column.replace('_', ' ').replace('flops', 'FLOPs')} {word} ({apart}{unknown})"
+
+
+def sizes_of(runs):
+    """[[run, ...], ...] by parameters: a size ends where the next run is a quarter larger.
+
+    [runs] where a run's parameters are unknown, and where a size has one architecture alone: it is matched to nothing.
+    """
+    if not all(run.values["parameters"] for run in runs):
+        return [runs]
+    levels = []
+    for run in sorted(runs, key=lambda run: run.values["parameters"]):
+        is_next = levels and run.values["parameters"] <= SAME_SIZE * levels[-1][-1].values["parameters"]
+        levels[-1].append(run) if is_next else levels.append([run])
+    return levels if all(len({key_of(run.model) for run in level}) > 1 for level in levels) else [runs]
 
 
 def finding_sections(ranking, severity, limit):
@@ -162,7 +187,8 @@ def signed(pair, of):
 def verdict_section(ranking, analysis, limit=6):
     """What a reader may take away, in sentences."""
     rivals = rivals_of_best(ranking)
-    sentences = lead(ranking, rivals) + ties(ranking, limit) + cost_sentences(ranking, analysis, rivals, limit)
+    sentences = lead(ranking, rivals) + other_sizes(ranking, rivals) + ties(ranking, limit)
+    sentences += cost_sentences(ranking, analysis, rivals, limit)
     return [("Verdict", "bold", [(sentence, "") for sentence in sentences])] if sentences else []
 
 
@@ -203,6 +229,30 @@ def lead(ranking, rivals):
     return sentences
 
 
+def other_sizes(ranking, rivals):
+    """Who is best at each of the sizes that the best one is not of, and whom it can be told from there."""
+    rest = [each for each in ranking.by_loss if each is not ranking.best and each not in rivals]
+    sentences = []
+    while rest:
+        best = rest[0]
+        level = [each for each in rest if alike_in_size(best, each)]
+        rest = [each for each in rest if each not in level]
+        if len(level) < 2:
+            continue
+        by_verdict = defaultdict(list)
+        for each in level[1:]:
+            verdict = ranking.verdict_of(best, each)
+            by_verdict[verdict if verdict.endswith("separable") else "with no claim about"].append(each.label)
+        told = [
+            f"{verdict.replace('separable', 'separable from')} {some(names, 6)}"
+            for verdict, names in by_verdict.items()
+        ]
+        sentences.append(
+            f"At about {count(value_of(best, 'parameters'))} parameters {best.label} is lowest, {', '.join(told)}."
+        )
+    return sentences
+
+
 def interval_text(configuration, column):
     over_seeds = configuration.estimate(column)
     if over_seeds.half_width is None:
@@ -225,13 +275,15 @@ def cost_sentences(ranking, analysis, rivals, limit):
     costs = {each.configuration: each for each in analysis.costs}
     if ranking.best not in costs:
         return []
-    sentences = []
+    never = [each.label for each in (ranking.best, *rivals) if each in costs and not costs[each].n_reached]
+    sentences = [f"{some(never, 6)} did not reach {analysis.target:.4g}."] if never else []
     for other in [each for each in rivals if each in costs][: limit - 2]:
         ratios = {axis: ratio_to(ranking, costs[ranking.best], costs[other], axis)[0] for axis in AMOUNT}
         parts = [ratio_text(ratio, axis) for axis, ratio in ratios.items() if ratio is not None]
         if parts:
             goal = f"to reach {analysis.target:.4g}"
-            sentences.append(f"{ranking.best.label} needs {listed(parts)} of {other.label} {goal}.")
+            needs = "needs" if any(ratio is not None and ratio.n > 1 for ratio in ratios.values()) else "took"
+            sentences.append(f"{ranking.best.label} {needs} {listed(parts)} of {other.label} {goal}.")
     return sentences
 
 

@@ -25,8 +25,8 @@ from user_errors import UserError
 TOLERANCE = 0.01  # DESIGN 4.5: within this, `matched` may be said
 SHAPE = ("n_layer", "n_embd", "n_head")
 WIDTH_STEPS = (64, 32, 16)  # widths that are multiples of these, the first best: matrix units work in such tiles
-LAST_STEP = 8  # what they need at the least: tried where nothing else comes within 1%
-HEAD_DIMS = (64, 32, 128, 16, 8)  # what attention kernels are written for, then what any width divides into
+LAST_STEP = 8  # what they need at the least: tried where nothing usual comes within 1%
+HEAD_STEP = 8  # widths of heads: what attention kernels are written for
 MOST_WIDTH, MOST_LAYERS = 2**15, 2**10  # past these a target counts as out of reach
 # Width over depth, depth in blocks of 12 n_embd^2 weights so that half as heavy a block may come twice. GPT-2's sizes
 # have 64 to 33; the ends keep out shapes that nobody would train.
@@ -84,8 +84,8 @@ def sentence(record):
 def solve(config, match, match_to, fixed=()):
     """`config` with the n_layer, n_embd and n_head whose cost comes nearest to the target.
 
-    Of the shapes within 1% the most usual one: width a multiple of 64, then 32, then 16, heads of 32, 64 or 128, width
-    over depth as the reference has it. Where none is within 1%, the nearest.
+    Of the shapes within 1% the most usual one: width over depth as the reference has it, width a multiple of 64, then
+    32, then 16, heads of 32, 64 or 128. Where none is within 1%, the nearest.
 
     Args:
         match, match_to: as in `record`.
@@ -136,14 +136,12 @@ class _Search:
     def best_shape(self):
         """The shape of least `preference`; widths that are odd multiples of 8 only where they come within 1%."""
         shapes = set()
-        for step in (256, *WIDTH_STEPS):  # 256 so that large models need few counts
-            shapes |= self.shapes_near_target(step)
+        for step in (256, *WIDTH_STEPS, LAST_STEP):  # 256 so that large models need few counts
+            near = self.shapes_near_target(step)
+            shapes |= {shape for shape in near if step != LAST_STEP or self.preference(shape)[0] == 0}
             best = min(shapes, key=self.preference, default=None)
             if best is not None and self.preference(best)[:2] < (0, 1):  # within 1%, and of usual proportions
                 return best
-        finer = {shape for shape in self.shapes_near_target(LAST_STEP) if self.preference(shape)[0] == 0}
-        if best is None or (finer and self.preference(best)[0] > 0):
-            best = min(finer, key=self.preference, default=None)
         if best is None:
             raise UserError(f"match={self.match} finds no shape for match_to={self.match_to}; set n_layer or n_embd")
         return best
@@ -153,10 +151,11 @@ class _Search:
         n_layer, n_embd = shape
         miss = abs(self.value(n_layer, n_embd) / self.target - 1)
         percents = 0 if miss <= TOLERANCE else math.ceil(100 * miss)
-        stretched = abs(math.log2(self.aspect(n_layer, n_embd) / self.usual_aspect))
+        stretched = math.log2(self.aspect(n_layer, n_embd) / self.usual_aspect)
         uneven = next((i for i, step in enumerate(WIDTH_STEPS) if n_embd % step == 0), len(WIDTH_STEPS))
-        odd_heads = n_embd // self.heads(n_embd) not in (32, 64, 128)
-        return percents, stretched + 0.5 * uneven + 0.5 * odd_heads, miss
+        oddness = head_oddness(n_embd // self.heads(n_embd), n_embd) if self.has_heads else 0
+        # Squared: twice as wide or as narrow for its depth is still usual, five times is another kind of network.
+        return percents, stretched**2 + 0.5 * uneven + oddness, miss
 
     # -- candidates
 
@@ -202,6 +201,13 @@ class _Search:
         reference = reference_config(self.match_to, self.config)
         return NATURAL_ASPECT if reference is None else reference.n_embd / reference.n_layer
 
+    @cached_property
+    def has_heads(self):
+        """Whether some part reads n_head: to a Mamba it is a number without a meaning."""
+        with on_meta():
+            model = ConfigurableGPT(self.config.replace(n_layer=self.period))
+        return any(hasattr(module, "n_head") for module in model.modules())
+
     def value(self, n_layer, n_embd):
         """The cost to be matched; that of many blocks is extrapolated from two shorter models."""
         if n_layer <= 2 * self.base or n_layer % self.period:
@@ -226,8 +232,8 @@ class _Search:
         return self.heads_by_width[n_embd]
 
     def find_heads(self, n_embd):
-        usual = 128 if n_embd >= 2048 else 64 if n_embd >= 256 else 32
-        counts = [n_embd // dim for dim in sorted(HEAD_DIMS, key=lambda dim: dim != usual) if n_embd % dim == 0]
+        dims = [dim for dim in range(HEAD_STEP, 2 * usual_head(n_embd) + 1, HEAD_STEP) if n_embd % dim == 0]
+        counts = [n_embd // dim for dim in sorted(dims, key=lambda dim: head_oddness(dim, n_embd))]
         refusal = None
         for n_head in counts or [math.gcd(n_embd, self.config.n_head)]:
             config = self.config.replace(n_layer=self.period, n_embd=n_embd, n_head=n_head)
@@ -247,6 +253,21 @@ class _Search:
                 f"n_layer={n_layer} and n_embd={n_embd}, has {self.match} {self.value(n_layer, n_embd):,.0f} for "
                 f"{self.target:,.0f}; choose another target"
             )
+
+
+def usual_head(n_embd):
+    """The width of a head in published models of this width."""
+    return 128 if n_embd >= 2048 else 64 if n_embd >= 256 else 32
+
+
+def head_oddness(dim, n_embd):
+    """How unusual heads this wide are: powers of two within an octave of the usual cost nothing, multiples of 16 a
+    quarter, others a half; further away as many as octaves.
+    """
+    octaves = abs(math.log2(dim / usual_head(n_embd)))
+    if octaves > 1:
+        return octaves
+    return (0 if dim & (dim - 1) == 0 else 0.25 if dim % 16 == 0 else 0.5) + octaves / 100  # the nearer of equals
 
 
 def _around(f, target, most):

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import configurator
+import model_matching as matching
 import sweep_plan as planning
 from sweep_executors import make_executor
 from training_checkpoint import list_checkpoints, write_json
@@ -102,12 +103,14 @@ def main(arguments):
     record["runs"] = [{"name": run.name, "arguments": run.arguments, "tokens": run.tokens} for run in runs]
     write_json(folder / "sweep.json", record)
     failed = runner.run(runs, folder, "runs")
-    print(f"\n{len(runs) - len(failed)} of {len(runs)} runs finished in {folder}; compare them with\n"
+    n_planned = len(datasets) * len(sweep.seeds)
+    print(f"\n{len(runs) - len(failed)} of {n_planned} runs finished in {folder}; compare them with\n"
           f"python compare_architectures.py --runs_dir {folder.as_posix()}")  # fmt: skip
-    if failed:
-        raise UserError(
-            f"{len(failed)} run(s) failed twice: {', '.join(failed)}; read {folder / 'logs'}, then run again"
-        )
+    left_out = [label_of(cell) for cell, found in tuned.items() if found.loss is None]
+    wrong = [f"no trial of {', '.join(left_out)} worked"] if left_out else []
+    wrong += [f"{len(failed)} run(s) failed twice: {', '.join(failed)}"] if failed else []
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}; read {folder / 'logs'}, then run again")
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -163,9 +166,9 @@ def plan_text(sweep, first, costs, speeds, at_once):
             f"{human_count(cost.flops_per_token * run.tokens):>9}{human_seconds(duration) if duration else '-':>9}  "
             f"{run.settings.model.architecture_name()}"
         )
-    duration = f", about {human_seconds(seconds / at_once)}" if seconds else ""
+    duration = f", about {human_seconds(seconds / at_once)} of training" if seconds else ""
     lines += ["", f"in all {human_count(flops)}FLOP{duration}, {at_once if at_once < 1000 else 'all'} at once"]
-    lines += differences(first)
+    lines += how_equal(first, costs) + differences(first)
     least = planning.detectable_difference(n_seeds, sweep.config.seed_spread)
     if least is None:
         lines.append("one seed: no difference between variants can be claimed; take --seeds=3 or more")
@@ -177,6 +180,34 @@ def plan_text(sweep, first, costs, speeds, at_once):
 
 def label_of(cell):
     return "-".join(filter(None, cell))
+
+
+EQUAL_COSTS = (
+    ("parameters", "parameters"), ("active parameters", "active_parameters"), ("FLOPs per token", "flops_per_token"),
+)  # fmt: skip
+
+
+def how_equal(first, costs):
+    """Sentences on how far apart the variants of a size are, and on shapes that `match` could not bring within 1%."""
+    lines = []
+    for size in dict.fromkeys(size for _, size in first):
+        cells = [cell for cell in first if cell[1] == size]
+        parts = []
+        for what, name in EQUAL_COSTS:
+            values = [getattr(costs[cell], name) for cell in cells]
+            if name == "active_parameters" and values == [costs[cell].parameters for cell in cells]:
+                continue
+            excess = max(values) / min(values) - 1
+            word = "matched" if excess <= matching.TOLERANCE else "not matched"
+            parts.append(f"{what} {word} ({100 * excess:.1f}% apart)")
+        if len(cells) > 1:
+            lines.append(f"{f'{size}: ' if size else ''}{', '.join(parts)}")
+        for cell in cells:
+            train, model = first[cell].settings.train, first[cell].settings.model
+            record = matching.record(model, train.match, train.match_to) if train.match else {"is_matched": True}
+            if not record["is_matched"]:
+                lines.append(f"{label_of(cell)}: {matching.sentence(record)}")
+    return lines
 
 
 def differences(first):

@@ -7,6 +7,7 @@ An executor starts a command, and says of it later whether it still runs and how
     job.stop()           # ask it to save and leave
 """
 
+import ctypes
 import os
 import shlex
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from user_errors import UserError
 
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 GRACE_SECONDS = 60  # for a run to save and leave when it is asked to stop
 
 
@@ -92,9 +94,15 @@ class LocalJob:
 
 
 def own_group():
-    if os.name == "posix":
+    """How Popen starts a process that Ctrl-C does not reach, and that on Linux does not outlive the sweep."""
+    if os.name != "posix":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    if sys.platform != "linux":
         return {"start_new_session": True}
-    return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    libc = ctypes.CDLL(None)
+    # After a kill -9 of the sweep the kernel asks the run to save and leave. Left alone it would go on, and the same
+    # sweep given again would write into its folder beside it.
+    return {"start_new_session": True, "preexec_fn": lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)}
 
 
 def visible_devices():

@@ -21,9 +21,11 @@ from pathlib import Path
 
 import configurator
 import eval_probes  # noqa: F401  (fills its registry, so that probes' options are settings)
+import model_matching as matching
 from comparison_stats import t_quantile
 from model_builder import ConfigurableGPT, on_meta
 from model_flops import active_parameters, flops_per_token
+from model_interop import starting_point
 from training_data import BatchStream
 from training_objectives import OBJECTIVE_REGISTRY
 from user_errors import UserError
@@ -68,6 +70,7 @@ class Sweep:
     shared: dict  # settings that the sweep's files give to every run
     overrides: dict  # settings that its command line gives to every run
     sources: list  # [(file name, text)]
+    models: dict = field(default_factory=dict)  # {(variant, size): architecture}, filled as runs are planned
 
     @property
     def seeds(self):
@@ -206,11 +209,11 @@ def plan_run(sweep, dataset, variant, size, seed, tried=None, fraction=1.0, extr
         extra: further settings.
     """
     arguments = run_arguments(sweep, variant, size) + as_arguments({"seed": seed, **(tried or {}), **(extra or {})})
-    settings = with_dataset(configurator.read_settings(arguments), dataset)
+    settings = with_model(sweep, (variant, size), configurator.read_settings(arguments), dataset)
     tokens = planned_tokens(settings, dataset, fraction)
     if fraction < 1:
         arguments.append(f"--max_tokens={tokens}")
-        settings = with_dataset(configurator.read_settings(arguments), dataset)
+        settings = with_model(sweep, (variant, size), configurator.read_settings(arguments), dataset)
     words = [variant, *([size] if size else [])]
     if fraction < 1:
         words += [f"{word}{value:.3g}" for word, value in zip(("lr", "wd"), (tried or {}).values(), strict=False)]
@@ -238,8 +241,17 @@ def run_arguments(sweep, variant, size):
     return arguments
 
 
-def with_dataset(settings, dataset):
-    return configurator.with_vocabulary(settings, dataset.vocab_size)
+def with_model(sweep, cell, settings, dataset):
+    """The settings with the architecture that train.py will build: of `init_from`, for this data, of matched shape.
+
+    It is worked out once for a cell: neither seed nor learning rate changes it, and to solve a shape takes a second.
+    """
+    if cell not in sweep.models:
+        found, _ = starting_point(settings)
+        extra_tokens = OBJECTIVE_REGISTRY[settings.train.objective].extra_tokens(settings.train)
+        found = configurator.with_vocabulary(found, dataset.vocab_size + extra_tokens)
+        sweep.models[cell] = (matching.with_matched_shape(found) if settings.train.match else found).model
+    return dataclasses.replace(settings, model=sweep.models[cell])
 
 
 def planned_tokens(settings, dataset, fraction=1.0):
@@ -266,10 +278,12 @@ class Cost:
 
 def cost_of(settings):
     """Cost of the model of `settings`, built without memory."""
+    kind = OBJECTIVE_REGISTRY[settings.train.objective]
     with on_meta():
-        model = ConfigurableGPT(settings.model, heads=OBJECTIVE_REGISTRY[settings.train.objective].heads)
+        model = ConfigurableGPT(settings.model, heads=kind.heads)
+        flops = flops_per_token(model, head_fraction=kind(model, settings.train).head_fraction)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, active_parameters(model), flops_per_token(model).training)
+    return Cost(parameters, active_parameters(model), flops.training)
 
 
 def detectable_difference(n_seeds, spread, power=0.8):

@@ -6,19 +6,19 @@
 variants = {
     "transformer": "config/arch_llama.py",
     "local": "config/arch_llama.py --sliding_window=256",
-    "mamba2": "config/arch_mamba2.py --n_layer=12",  # a block has about half the weights of a LLaMA block
+    "mamba2": "config/arch_mamba2.py",
     "gated_delta_net": "config/arch_gated_delta_net.py",
 }
+_equal = "--match=params --match_to=llama@5M"  # 6 x 256 for LLaMA
 sizes = {
-    "T512": "--block_size=512 --batch_size=32",
-    "T1024": "--block_size=1024 --batch_size=16",
-    "T4096": "--block_size=4096 --batch_size=4",  # 16,384 tokens per step each
+    "T512": f"--block_size=512 --batch_size=32 {_equal}",
+    "T1024": f"--block_size=1024 --batch_size=16 {_equal}",
+    "T4096": f"--block_size=4096 --batch_size=4 {_equal}",  # 16,384 tokens per step each
 }
 seeds = 3
 learning_rates = (5e-4, 1e-3, 2e-3)
 
 dataset = "python_stdlib"
-n_layer, n_head, n_embd = 6, 4, 256
 max_tokens = 16_000_000  # one pass over the text
 warmup_iters = 50
 eval_interval = 100

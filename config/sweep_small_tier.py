@@ -7,7 +7,7 @@ variants = {
     "linear_attention": "config/arch_linear_attention.py",
     "mamba": "config/arch_mamba.py --block_pattern=mamba --ffn_type=standard",  # with a 4x FFN, as the others have
 }
-sizes = {"5.4M": "--n_layer=6 --n_head=4 --n_embd=256 --match=params --match_to=5.4M"}
+sizes = {"5.4M": "--match=params --match_to=5.4M"}  # 6 x 256 for the first two, and as many parameters for Mamba
 seeds = 3
 learning_rates = (3e-4, 6e-4, 1.2e-3, 2.4e-3)  # each tries the same ones at a quarter of the length
 

@@ -1,4 +1,4 @@
-# A first comparison in minutes on a laptop: a Transformer, linear attention and Mamba at about 1.1M parameters.
+# A first comparison in minutes on a laptop: a Transformer, linear attention and Mamba at 1.1M parameters each.
 #
 #   python sweep.py config/sweep_tiny_tier.py
 #   python compare_architectures.py --runs_dir runs/tiny_tier
@@ -8,7 +8,7 @@ variants = {
     "linear_attention": "config/arch_linear_attention.py",
     "mamba": "config/arch_mamba.py --block_pattern=mamba --ffn_type=standard",  # with a 4x FFN, as the others have
 }
-sizes = {"1.1M": "--n_layer=4 --n_head=4 --n_embd=128"}
+sizes = {"1.1M": "--match=params --match_to=1.1M"}  # three shapes with as many parameters, within 1%
 seeds = 3
 learning_rates = (5e-4, 1e-3, 2e-3, 4e-3)  # each tries the same ones at a quarter of the length
 

@@ -6,7 +6,9 @@ import pytest
 
 from comparison_audit import CHECKS, LOSS, SPEED, Voids, audit, comparable_groups, configuration_key
 from comparison_helpers import make_run, write_json
-from comparison_runs import find_runs, parts_of
+from comparison_ranking import rank
+from comparison_runs import find_runs
+from comparison_settings import parts_of
 
 
 def names(runs):
@@ -314,3 +316,13 @@ def test_logs_that_contradict_each_other_void_the_runs_claims(tmp_path):
     assert Voids(runs).between([a], [b]) == ["the logs of b contradict each other"]
     (found,) = [finding for finding in audit(runs) if finding.what == "logs"]
     assert found.runs_by_value == {"summary.json says 1 where metrics.jsonl ends on 2": ["b"]}
+
+
+def test_survivors_of_a_divergence_claim_nothing(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path, f"a-s{seed}", {"final_val_loss": 2.0 + 0.001 * seed}, seed=seed)
+        lost = {"final_val_loss": None} if seed == 3 else {"final_val_loss": 1.5 + 0.001 * seed}
+        make_run(tmp_path, f"b-s{seed}", lost, metrics=seed < 3, seed=seed, normalization="layernorm")
+    (ranking,) = rank(find_runs(tmp_path)[0])
+    (pair,) = ranking.pairs.values()
+    assert pair.verdict == "void" and pair.voids == ("b-s3 ended without a finite loss",)

@@ -8,6 +8,7 @@ from comparison_curves import costs_to_reach, curve, hold_at, order_over_trainin
 from comparison_helpers import make_run, rows_of
 from comparison_ranking import rank
 from comparison_runs import find_runs
+from comparison_words import verdict_section
 
 LOSS = "final_val_loss"
 
@@ -216,3 +217,18 @@ def test_there_is_no_order_without_two_rows_and_two_common_counts(tmp_path):
     assert order_over_training(group_configurations(find_runs(tmp_path)[0]), LOSS) is None
     add(tmp_path, "b", [(150, 3.0), (200, 2.8)], n_layer=3)
     assert order_over_training(group_configurations(find_runs(tmp_path)[0]), LOSS) is None
+
+
+def test_no_ratio_where_a_seed_never_got_there_and_the_verdict_says_who_did_not(tmp_path):
+    for seed in (1, 2):
+        add(tmp_path, f"a-s{seed}", [(100, 3.0), (300, 2.0)], seed=seed)
+        add(tmp_path, f"b-s{seed}", [(100, 3.0), (300, 2.2 + 0.2 * seed)], seed=seed, n_layer=3)
+        add(tmp_path, f"c-s{seed}", [(100, 3.0), (300, 2.9)], seed=seed, n_layer=4)
+    (ranking,) = rank(find_runs(tmp_path)[0])
+    analysis = analyse(ranking, to_loss=2.5)
+    a, b, c = analysis.costs
+    assert (a.n_reached, b.n_reached, c.n_reached) == (2, 1, 0)
+    assert ratio_to(ranking, b, a, "tokens") == (None, "no ratio: not every seed reached it")
+    ((_, _, rows),) = verdict_section(ranking, analysis)
+    sentences = [sentence for sentence, _ in rows]
+    assert "c did not reach 2.5." in sentences and not any("x the tokens" in each for each in sentences)

@@ -12,7 +12,7 @@ from comparison_plots import draw_curves, legend_label, loss_limits
 from comparison_ranking import COLUMNS, OF_ONE_OBJECTIVE, component_effects, rank
 from comparison_report import escape, show, wrapped, write_csv, write_markdown
 from comparison_runs import find_runs
-from comparison_words import ONE_SEED
+from comparison_words import ONE_SEED, rules_section, size_text, verdict_section
 
 
 def ranked(folder, sort="final_val_loss"):
@@ -356,8 +356,8 @@ def test_loss_limits_leave_the_first_steps_out():
 
     tokens = np.linspace(0, 100, 101)
     low, high = loss_limits([{"loss": 2 + 3 * np.exp(-tokens / 10), "tokens": tokens}])
-    assert low == pytest.approx(2 - 0.05 * 3 * np.exp(-1), abs=0.01)
-    assert high == pytest.approx(2 + 1.05 * 3 * np.exp(-1), abs=0.01)
+    assert low == pytest.approx(2 - 0.05 * 3 * np.exp(-10 / 7), abs=0.01)
+    assert high == pytest.approx(2 + 1.05 * 3 * np.exp(-10 / 7), abs=0.01)
     assert loss_limits([]) == (None, None)
 
 
@@ -368,3 +368,42 @@ def test_legend_labels_are_cut_in_the_middle_and_are_no_mathematics(tmp_path):
     assert label.startswith("1  \\$start\\$-xx")
     assert label.endswith("x-end  2.0000")
     assert "..." in label
+
+
+def test_a_size_apart_has_a_sentence_and_matched_is_said_of_each_size(tmp_path):
+    for size in (1_000_000, 4_000_000):
+        for name, loss in (("a", 2.0), ("b", 2.1)):
+            for seed in (1, 2, 3):
+                make_run(
+                    tmp_path, f"{name}-{size}-s{seed}", {"final_val_loss": loss - size / 1e7 + 0.001 * seed},
+                    seed=seed, n_embd=size // 1000, normalization=name, parameters__total=size + (name == "b") * 8000,
+                )  # fmt: skip
+    (ranking,) = ranked(tmp_path)
+    ((_, _, rules),) = rules_section(ranking)
+    assert "parameters matched (0.8% apart within each of 2 sizes)" in dict(rules)["Size"]
+    ((_, _, rows),) = verdict_section(ranking, analyse(ranking))
+    lowest = "At about 1.00M parameters a-1000000 is lowest, separable from b-1000000."
+    assert lowest in [sentence for sentence, _ in rows]
+
+
+def test_a_small_and_a_large_model_are_not_matched_by_being_alone_at_their_sizes(tmp_path):
+    for name, total in (("a", 1_000_000), ("b", 1_001_000), ("c", 5_000_000)):
+        make_run(tmp_path, name, n_layer=ord(name), parameters__total=total)
+    assert size_text(find_runs(tmp_path)[0], "parameters") == "parameters not matched (400.0% apart)"
+
+
+def test_matched_is_not_said_where_a_size_is_unknown(tmp_path):
+    for name, total in (("a", 1000), ("b", 1001), ("c", None)):
+        make_run(tmp_path, name, {"n_params": total}, n_layer=ord(name), parameters__total=total)
+    runs = find_runs(tmp_path)[0]
+    assert size_text(runs, "parameters") == "parameters not matched (0.1% apart, 1 of 3 runs not recorded)"
+
+
+def test_a_tuned_sweep_is_equal_in_its_budget_and_its_rates_are_no_blame(tmp_path):
+    for name, rate in (("a", 1e-3), ("b", 2e-3)):
+        make_run(tmp_path, name, {}, normalization=name, learning_rate=rate, tuning_runs=4, tuning_tokens=1000)
+    (ranking,) = ranked(tmp_path)
+    ((_, _, rules),) = rules_section(ranking)
+    assert "tuning budget (4 trials, 1,000 tokens)" in dict(rules)["Equal"]
+    (rate,) = [finding for finding in ranking.findings if finding.what == "learning_rate"]
+    assert rate.consequence == "each at what it did best with in its trials"

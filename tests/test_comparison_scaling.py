@@ -17,6 +17,7 @@ from comparison_scaling import (
     lowest_size,
     order_across_sizes,
     pareto_front,
+    resampled_means,
 )
 
 LOSS = "final_val_loss"
@@ -172,3 +173,10 @@ def test_an_order_that_turns_round_with_size(tmp_path):
     (ranking,) = rank(find_runs(tmp_path)[0])
     ((_, _, _, tau),) = order_across_sizes(ranking.ranked, LOSS)
     assert tau == -1
+
+
+def test_resampled_means_spread_as_means_of_new_seeds_do():
+    values, rng = [1.0, 2.0, 6.0], np.random.default_rng(0)
+    drawn = np.concatenate([resampled_means(values, rng) for _ in range(50)])
+    assert drawn.mean() == pytest.approx(3, abs=0.05)
+    assert drawn.std() == pytest.approx(np.std(values, ddof=1) / np.sqrt(3), rel=0.02)

@@ -134,3 +134,9 @@ def test_every_drawn_place_is_inside_the_picture():
 
 def test_colours_come_again_dashed():
     assert [color_class(index) for index in (0, 6, 7, 14)] == ["c0 d0", "c6 d0", "c0 d1", "c0 d2"]
+
+
+def test_a_line_of_one_point_is_a_dot():
+    svg = line_chart([Series("a", 0, [3], [1.0])], "tokens", "loss", (0, 2), "title")
+    assert svg.count("<circle") == 1
+    assert "<circle" not in line_chart([Series("a", 0, [3, 4], [1.0, 0.5])], "tokens", "loss", (0, 2), "title")

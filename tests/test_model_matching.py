@@ -76,6 +76,7 @@ def test_transformer_and_linear_attention_tiers(preset, to, shape, miss):
     (MAMBA2, "5.4M", {}, (224, 7), -0.44),
     (MAMBA, "gpt2@1M", {}, (136, 4), -0.36),  # nearer than 112 x 6
     (MAMBA, "gpt2@5M", {}, (272, 5), 0.57),  # nearer than 224 x 7
+    (MAMBA, "5.4M", {}, (272, 5), 0.79),
 ], ids=str)  # fmt: skip
 def test_mamba_tiers(changes, to, fixed, shape, miss):
     found, record = solved(ModelArchitectureConfig(**TIERS, **changes, **fixed), to, *fixed)
@@ -170,11 +171,23 @@ def test_what_is_fixed_stays():
 
 
 @pytest.mark.parametrize("n_embd, head_dim", [
-    (64, 32), (112, 16), (128, 32), (256, 64), (768, 64), (2048, 128), (120, 8),
+    (64, 32), (112, 16), (128, 32), (256, 64), (768, 64), (2048, 128), (120, 40), (392, 56), (400, 80),
 ])  # fmt: skip
 def test_heads_have_widths_that_kernels_are_written_for(n_embd, head_dim):
     model = matching.solve(config("gpt2", n_embd=n_embd), "params", 30 * n_embd**2, ["n_embd"])
     assert n_embd // model.n_head == head_dim
+
+
+def test_a_narrow_width_of_eights_comes_before_a_network_of_another_kind():
+    model = matching.solve(config("llama", vocab_size=256, block_size=256), "params", "4M")
+    assert (model.n_layer, model.n_embd) == (7, 216)  # of multiples of 16 only 20 x 128 is within 1%
+    hybrid = matching.solve(config("mamba_hybrid", vocab_size=4096, block_size=512), "active_params", "llama@10M")
+    assert (hybrid.n_layer, hybrid.n_embd, hybrid.n_head) == (6, 392, 7)  # where llama@10M is 6 x 384, and not 26 x 192
+
+
+def test_heads_count_only_where_a_part_has_them():
+    assert not matching._Search(config("mamba"), "params", "1M", frozenset()).has_heads
+    assert matching._Search(config("mamba_hybrid"), "params", "1M", frozenset()).has_heads
 
 
 def test_heads_go_with_shared_keys():

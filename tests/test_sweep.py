@@ -8,11 +8,14 @@ import math
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import model_matching as matching
 import sweep
 import sweep_plan as planning
 import train
@@ -131,11 +134,13 @@ def test_every_sweep_that_ships_can_be_planned(path, monkeypatch):
     sweep_ = planning.read_sweep([str(path)])
     assert len(sweep_.seeds) >= 3, "fewer seeds show nothing"
     names, dataset = set(), OneEpoch()
-    dataset.train = np.zeros(10_000, dtype=np.uint8)
+    dataset.train, dataset.vocab_size = np.zeros(10_000, dtype=np.uint8), sweep_.shared.get("tokenizer_vocab_size", 256)
     for cell in planning.cells(sweep_):
         run = planning.plan_run(sweep_, dataset, *cell, 1)
         cost = planning.cost_of(run.settings)
         assert cost.parameters >= cost.active_parameters > 0 and cost.flops_per_token > 0
+        train_ = run.settings.train
+        assert not train_.match or matching.record(run.settings.model, train_.match, train_.match_to)["is_matched"]
         names.add(run.name)
     assert len(names) == len(planning.cells(sweep_))
 
@@ -286,11 +291,65 @@ def test_a_sweep_tunes_runs_and_is_not_run_twice(run):
     assert "6 of 6 trials were finished before" in text and "4 of 4 runs were finished before" in text
 
 
+def test_a_matched_sweep_plans_the_shapes_that_it_trains_and_goes_on(run):
+    more = """
+sizes = {"S": "--match=params --match_to=12k"}
+variants = {"one": "", "two": "--ffn_type=swiglu --activation=silu"}
+"""
+    tiny = ["--n_head=1", "--max_iters=2"]
+    folder, text = run(more, "--seeds=2", *tiny)
+    shapes = {name: read_json(folder / f"{name}-S-s1337" / "config.json") for name in ("one", "two")}
+    for name, made in shapes.items():
+        assert f"{made['parameters']['total']:,}" in text, name
+        assert made["resolved"]["matching"]["target"] == 12_000
+    _, text = run(more, "--seeds=2", *tiny)
+    assert "4 of 4 runs were finished before" in text
+
+
+def test_the_plan_says_how_equal_the_sizes_are(read):
+    more = "variants = {'one': '', 'two': '--ffn_type=swiglu'}"
+    sweep_ = read(more + "\nsizes = {'S': '--match=params --match_to=12k', 'L': '--n_embd=32'}")
+    first = {cell: planning.plan_run(sweep_, OneEpoch(), *cell, 1) for cell in planning.cells(sweep_)}
+    costs = {cell: planning.cost_of(run_.settings) for cell, run_ in first.items()}
+    lines = sweep.how_equal(first, costs)
+    n_one, n_two = (costs[name, "L"].parameters for name in ("one", "two"))
+    assert f"L: parameters not matched ({100 * (max(n_one, n_two) / min(n_one, n_two) - 1):.1f}% apart)" in lines[-1]
+    for cell in (("one", "S"), ("two", "S")):
+        miss = 100 * (costs[cell].parameters / 12_000 - 1)
+        said = [line for line in lines if line.startswith("-".join(cell))]
+        assert bool(said) == (abs(miss) > 1) and all(f"({miss:+.2f}%)" in line for line in said)
+
+
+def test_an_objective_that_adds_to_the_vocabulary_goes_on_too(run):
+    more = "variants = {'one': '', 'two': '--normalization=layernorm'}\nobjective = 'masked_lm'\narch_preset = 'bert'"
+    _, text = run(more, "--seeds=1", "--max_iters=2", "--n_embd=16")
+    assert "2 of 2 runs finished" in text
+
+
 def test_sigterm_stops_what_is_running_as_ctrl_c_does():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), sweep.terminated_as_interrupted():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_a_run_does_not_outlive_a_sweep_that_was_killed(tmp_path):
+    leaves = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(print('left'))); print('up', flush=True)"
+    sweeper = f"""
+import os, pathlib, sys, time
+from sweep_executors import LocalJob
+log = pathlib.Path({str(tmp_path / "log")!r})
+LocalJob([sys.executable, "-u", "-c", {leaves + "; time.sleep(60)"!r}], dict(os.environ), log)
+while "up" not in log.read_text():
+    time.sleep(0.02)
+os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", sweeper], cwd=ROOT).returncode == -9
+    end = time.monotonic() + 30
+    while "left" not in (tmp_path / "log").read_text("utf-8") and time.monotonic() < end:
+        time.sleep(0.02)
+    assert (tmp_path / "log").read_text("utf-8").split() == ["up", "left"]
 
 
 def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(run):
@@ -323,6 +382,14 @@ def test_a_failing_run_is_tried_twice_and_stops_nothing_else(run):
     assert summary(folder / "one-s1")["status"] == "finished"
     assert "two-s1 failed, trying once more: error:" in text and "two-s1 failed twice, going on without it" in text
     assert "1 of 2 runs finished" in text and "error: 1 run(s) failed twice: two-s1" in text
+
+
+def test_a_variant_without_a_trial_that_worked_is_missed_at_the_end(run):
+    more = "seeds = (1,)\nvariants = {'one': '', 'two': '--attention_backend=flex'}\nlearning_rates = (1e-2, 1e-1)"
+    folder, text = run(more, "--n_embd=16", code=2)
+    assert summary(folder / "one-s1")["status"] == "finished" and not (folder / "two-s1").exists()
+    assert "two: left out; every trial failed or diverged" in text and "1 of 2 runs finished" in text
+    assert "error: no trial of two worked; read" in text
 
 
 def test_a_folder_of_other_runs_is_refused(run):
