@@ -18,6 +18,9 @@ from comparison_stats import estimate
 RANGE = re.compile(r"(?:over )?(\d+)(?:-\d+|x)?|never")  # the name of a group that has a place among numbers
 
 
+FEW_TARGETS = 0.01  # of all, that a group of frequency needs to be drawn
+
+
 @dataclass(eq=False)
 class EvalFindings:
     """One kind of evaluation over the configurations of a ranking."""
@@ -92,6 +95,16 @@ def loss_panels(line):
             for part, groups in (dig(line, "parts") or {}).items() if isinstance(groups, dict)}  # fmt: skip
 
 
+def loss_panels_drawn(line):
+    """loss_panels without the frequencies of few targets, which would set the scale of all."""
+    parts, panels = dig(line, "parts") or {}, loss_panels(line)
+    enough = FEW_TARGETS * (number(dig(parts, "whole", "all", "targets")) or 0)
+    if "frequency" in panels:
+        panels["frequency"] = {group: loss for group, loss in panels["frequency"].items()
+                               if (number(dig(parts, "frequency", group, "targets")) or 0) >= enough}  # fmt: skip
+    return panels
+
+
 def loss_asked(line):
     return f"{line.get('loss_tokens')} validation tokens", None
 
@@ -150,7 +163,7 @@ KINDS = {
     "prompts": Kind("Prompts", "share", prompt_numbers, prompt_panels, prompts_asked),
     "lm_eval": Kind("Tasks of the harness", "share", harness_numbers, harness_panels, harness_asked),
     "probes": Kind("Probes", "share of answers that are right", probe_numbers, probe_panels, probes_asked),
-    "loss": Kind("Anatomy of the loss", "nats per token", loss_numbers, loss_panels, loss_asked),
+    "loss": Kind("Anatomy of the loss", "nats per token", loss_numbers, loss_panels_drawn, loss_asked),
 }
 SHOWN_PANELS = {"loss": ("context", "recall", "frequency", "position")}  # of the others all
 

@@ -152,8 +152,18 @@ def test_panels_hold_a_number_of_each_run(runs_dir):
     assert list(found["loss"].panels) == ["context", "recall", "frequency", "position"]
     assert found["loss"].panels["recall"] == {a: {"new": [2.5, 3.75], "seen": [0.5, 0.75]},
                                               b: {"new": [5.0], "seen": [1.0]}}  # fmt: skip
+    assert list(found["loss"].panels["frequency"][a]) == ["1-10", "11-100", "never"]
     assert list(found["prompts"].panels) == ["by category, written", "by category, chosen"]  # one difficulty: no panel
     assert list(found["lm_eval"].panels["tasks"][b]) == ["mmlu acc", "piqa acc"]
+
+
+def test_frequencies_that_few_targets_have_are_not_drawn(runs_dir):
+    line = loss_line()
+    line["parts"]["whole"]["all"]["targets"], line["parts"]["frequency"]["never"]["targets"] = 1000, 9
+    append(runs_dir / "b", line)
+    found, ranking = found_in(runs_dir)
+    b = ranking.configurations[1]
+    assert list(found["loss"].panels["frequency"][b]) == ["1-10", "11-100"]
 
 
 def test_groups_stand_in_the_order_of_their_numbers():
