@@ -33,13 +33,14 @@ import training_checkpoint as checkpoint  # noqa: E402
 import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
 import training_plan as plan_ahead  # noqa: E402
-from model_builder import ConfigurableGPT, notes, parameter_plan  # noqa: E402
+from model_builder import notes, parameter_plan  # noqa: E402
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
 from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
 from training_ledger import Ledger, StepMeter  # noqa: E402
 from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, added, validation_scores  # noqa: E402
 from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
 from training_report import startup_report  # noqa: E402
+from training_weights import blocks_in_memory  # noqa: E402
 from user_errors import UserError, exit_on_user_error  # noqa: E402
 
 
@@ -81,16 +82,15 @@ def train(arguments, closing):
     due = checkpoint.scheduled_steps(counts, stream.tokens_per_step, total_steps)  # {step: scheduled tokens}
 
     # ---- model, objective, optimizer ---------------------------------------------------------------------------------
-    model = ConfigurableGPT(settings.model, config.seed, OBJECTIVE_REGISTRY[config.objective].heads)
-    first_weights.fill(model)
+    model = parallel.build(settings, OBJECTIVE_REGISTRY[config.objective].heads, place)
     plan = parameter_plan(model)
     objective = OBJECTIVE_REGISTRY[config.objective](model, config)
     flops = flops_per_token(model, head_fraction=objective.head_fraction)
     ledger = Ledger(stream.tokens_per_step, flops.training, stream.initial_hash)
     meter = StepMeter(place.device)
     model.check_device(place.device)
-    model.to(place.device)
-    chosen_kernels = kernels.choose(model, place.device, config.kernel_backend, parallel.DTYPES[place.dtype])
+    with blocks_in_memory(model, config.seed, place.device):
+        chosen_kernels = kernels.choose(model, place.device, config.kernel_backend, parallel.DTYPES[place.dtype])
     optimizers = OPTIMIZER_REGISTRY[config.optimizer](plan, dict(model.named_parameters()), config, place.device)
     schedule = build_schedule(config, total_steps)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == "float16")
@@ -118,6 +118,7 @@ def train(arguments, closing):
         example = objective.prepare(stream.batches(0, 0, 1, config.batch_size)[0], config.seed)
         module, compiled = parallel.compile_module(objective, example, place, parallel.is_split(config, place))
     module = parallel.wrap(objective, module, place, config)
+    parallel.fill(model, None if is_resumed else first_weights, place, config)
     optimizers = parallel.distributed_optimizers(optimizers, model, place, config)
     if is_resumed:
         checkpoint.restore(model, optimizers, saved, saved_at)
@@ -217,7 +218,7 @@ def train(arguments, closing):
         n_tokens = parallel.sum_over_ranks(n_tokens, place)
         nats, counts = 0.0, {}
         for index, batch in enumerate(micro_batches):
-            with parallel.gradient_sync(module, is_last=index + 1 == len(micro_batches)):
+            with parallel.gradient_sync(module, index + 1 == len(micro_batches), config):
                 with place.autocast():
                     sums = module(batch)
                 scaler.scale(sums["loss"] * (place.data_size / n_tokens)).backward()  # DDP takes the mean over ranks

@@ -93,6 +93,7 @@ class TrainConfig:
     fsdp_reshard_after_forward: bool = True  # free a block's weights until its backward; False gathers them once
     fsdp_dtype: str = "float32"  # of gathered weights; bfloat16 halves the traffic and rounds norms and gates too
     fsdp_replicas: int = 1  # groups of ranks that each shard a whole model (HSDP), such as one per node
+    fsdp_accumulate: str = "sharded"  # gradients between micro-batches; whole: sent once a step, 4 bytes a weight more
     fsdp_cpu_offload: bool = False  # keep weights, gradients and optimizer in the CPU's memory between their uses
     tensor_parallel: int = 1  # ranks that share the heads and hidden units of each layer, and read the same data
     expert_parallel: int = 1  # with use_fsdp: ranks that share the experts of each moe layer; tokens go to them
@@ -321,6 +322,7 @@ def validate(config):
         "compile": (True, False, "auto"),
         "gradient_checkpointing": ("none", "full", "selective"),
         "fsdp_dtype": ("float32", "bfloat16"),
+        "fsdp_accumulate": ("sharded", "whole"),
         "eval_schedule": ("interval", "checkpoints"),
         "checkpoint_format": ("unsharded", "sharded"),
         "subsequent_epochs_spacing": ("log", "linear"),

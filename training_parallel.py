@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import math
 import os
 import platform
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import training_mesh
+import training_weights
 from model_builder import ConfigurableGPT, on_meta
 from user_errors import SECONDS_FOR_RANK_0, UserError
 
@@ -337,13 +337,62 @@ def is_split(config, place):
     return is_sharded(config, place) or place.tensor_parallel > 1
 
 
+def build(settings, heads, place):
+    """The ConfigurableGPT of a run, on this rank's device; where ranks share its weights, without memory until `fill`.
+
+    Args:
+        heads: as for ConfigurableGPT.
+    """
+    if not is_split(settings.train, place):
+        return ConfigurableGPT(settings.model, settings.train.seed, heads).to(place.device)
+    with on_meta():
+        return ConfigurableGPT(settings.model, settings.train.seed, heads)
+
+
+def fill(model, source, place, config):
+    """Give a model from `build`, as `wrap` left it, its first weights: those of the source, drawn ones for the rest.
+
+    Of what ranks share, a rank has one tensor at a time whole: drawn, or sent by rank 0, which alone reads the source.
+
+    Args:
+        source: of `model_interop`, or None to leave values to a checkpoint.
+
+    Raises:
+        UserError: a source that cannot be read, on every rank.
+    """
+    is_shared = is_split(config, place)
+    if is_shared:
+        where = torch.device("cpu") if config.fsdp_cpu_offload else place.device
+        training_weights.give_memory(model, where, place.device)
+    if is_shared and source is not None:
+        training_weights.assign(model, training_weights.initial_values(model, config.seed))
+        training_weights.assign(model, _sent_by_rank_0(source, model, place))
+    elif source is not None:
+        source.fill(model)
+
+
+def _sent_by_rank_0(source, model, place):
+    """(name, whole tensor) of a source's weights, on every rank."""
+    tensors = {}
+
+    def shapes():
+        tensors.update(source.tensors_for(model))
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    for name, shape in from_main(shapes, place).items():
+        tensor = tensors.pop(name).to(place.device, torch.float32) if place.is_main else None
+        tensor = torch.empty(shape, device=place.device) if tensor is None else tensor.contiguous()
+        dist.broadcast(tensor, src=0)
+        yield name, tensor
+
+
 def wrap(objective, module, place, config):
     """The module ready for the job, in the mode that the config asks for.
 
     Names of parameters stay; `distributed_optimizers` has to follow.
 
     Args:
-        objective: over a whole model on this rank's device. module: it, or it compiled.
+        objective: over a model from `build`. module: it, or it compiled.
     """
     if place.world_size == 1 or (place.data_size == 1 and not config.use_fsdp):
         return module
@@ -465,8 +514,15 @@ def _computed_again(forward, *inputs):
 
 
 @contextlib.contextmanager
-def gradient_sync(module, is_last):
-    """Context that leaves gradients unsummed until the last micro-batch of a step."""
+def gradient_sync(module, is_last, config):
+    """Context that leaves gradients unsummed until the last micro-batch of a step, where that costs no memory.
+
+    DDP has whole gradients anyway. FSDP2 scatters those of each micro-batch, which leaves a rank its share, and sums
+    the shares over replicas once; fsdp_accumulate=whole scatters once too, and ranks have whole gradients until then.
+    """
+    if hasattr(module, "set_requires_all_reduce"):
+        module.set_requires_gradient_sync(is_last or config.fsdp_accumulate == "sharded")
+        module.set_requires_all_reduce(is_last)  # second, because the first sets it too
     with contextlib.nullcontext() if is_last or not hasattr(module, "no_sync") else module.no_sync():
         yield
     if is_last:
@@ -480,21 +536,23 @@ def wants_compile(config, place):
 def compile_module(module, example_batch, place, by_block=False):
     """(module to call, what happened): compiled and tried on one batch, or as it was when compiling fails.
 
-    by_block compiles each block in its place, for what is sharded by block afterwards.
+    by_block compiles each block in its place, for what is sharded by block afterwards, and tries one of each kind: the
+    whole may have no memory yet.
 
     The trial runs forward and backward once, so that compiling stands apart from training; gradients and random state
     are put back as they were.
     """
     import torch._dynamo
 
+    batch = {name: tensor.to(place.device) for name, tensor in example_batch.items()}
     try:
-        with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
-            compiled = module if by_block else torch.compile(module)
-            for block in module.model.blocks if by_block else ():
-                block.compile()
-            with place.autocast():
-                sums = compiled({name: tensor.to(place.device) for name, tensor in example_batch.items()})
-            sums["loss"].backward()
+        with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []), place.autocast():
+            if by_block:
+                compiled = module
+                _try_blocks(module.model, module.config.seed, batch, place.device)
+            else:
+                compiled = torch.compile(module)
+                compiled(batch)["loss"].backward()
         if place.device.type == "cuda":
             torch.cuda.synchronize(place.device)
     except Exception as error:
@@ -506,6 +564,22 @@ def compile_module(module, example_batch, place, by_block=False):
     finally:
         module.zero_grad(set_to_none=True)
     return compiled, "on"
+
+
+def _try_blocks(model, seed, batch, device):
+    """Compile every block, and run the first of each kind on hidden states of a batch's shape, forward and backward."""
+    for block in model.blocks:
+        block.compile()
+    carried = {} if any(block.carries for block in model.blocks) else None
+    x = torch.randn(*batch["inputs"].shape, model.config.n_embd, device=device, requires_grad=True)
+    with training_weights.blocks_in_memory(model, seed, device) as blocks:
+        for block in blocks:
+            inputs = (x, batch.get("positions"), batch.get("document_ids"))
+            if carried is None:
+                x = block(*inputs)
+            else:
+                x, carried = block(*inputs, carried)
+        x.sum().backward()
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another process has ended
@@ -529,154 +603,6 @@ def memory_errors():
         )
         short.said_by_rank_0 = False  # the others may have had enough
         raise short from error
-
-
-# ---- whole tensors of sharded ones -----------------------------------------------------------------------------------
-
-
-def whole(tensor, order=None):
-    """A sharded tensor in full, which all ranks ask for together; any other value as it is.
-
-    Args:
-        order: `training_mesh.rows_by_rank` of a parameter whose rows stand in that order.
-    """
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return training_mesh.in_own_order(full, order)
-
-
-def unique_tensors(model):
-    """{name: tensor} of what a checkpoint holds, a tied tensor once, under its first name."""
-    named = model.state_dict(keep_vars=True)
-    first = {id(tensor): name for name, tensor in reversed(named.items())}
-    return {name: tensor for name, tensor in named.items() if first[id(tensor)] == name}
-
-
-def whole_weights(model):
-    """{name: contiguous CPU tensor}, tied ones once; rank 0 gets them, {} the others. All ranks call it together.
-
-    One tensor at a time is whole on a device.
-    """
-    tensors, orders = {}, training_mesh.row_orders(model)
-    for name, tensor in unique_tensors(model).items():
-        full = whole(tensor.detach(), orders.get(name))
-        if _is_main():
-            tensors[name] = full.cpu().contiguous()
-    return tensors
-
-
-def whole_state(optimizer):
-    """{parameter name: {'exp_avg': tensor, ...}}, whole and on the CPU, for rank 0; {} for others. All call it."""
-    own, found, orders = _own_part(optimizer), {}, _row_orders(optimizer)
-    is_shared_out = own is not optimizer
-    for name, parameter in _named(optimizer):
-        if parameter in own.state:
-            full = {key: whole(value, orders.get(name)) for key, value in own.state[parameter].items()}
-            if _is_main() or is_shared_out:  # one parameter at a time is whole on a device
-                found[name] = {key: value.cpu() if torch.is_tensor(value) else value for key, value in full.items()}
-    return _merged(optimizer, found) if is_shared_out else found
-
-
-def _merged(optimizer, found):
-    """Every rank's {name: state} as one, for rank 0; they pass by one rank's at a time."""
-    merged = {}
-    for source in range(dist.get_world_size()):
-        part = [found if dist.get_rank() == source else None]
-        dist.broadcast_object_list(part, src=source)
-        if _is_main():
-            merged |= part[0]
-    return {name: merged[name] for name, _ in _named(optimizer) if name in merged}
-
-
-def held(optimizer):
-    """{name: parameter} of those that this rank steps."""
-    own = {id(parameter) for group in _own_part(optimizer).param_groups for parameter in group["params"]}
-    return {name: parameter for name, parameter in _named(optimizer) if id(parameter) in own}
-
-
-def held_state(optimizer):
-    """{parameter name: {'exp_avg': tensor, ...}} as this rank holds it: sharded tensors, and of ZeRO-1 its part."""
-    state = _own_part(optimizer).state
-    return {name: dict(state[parameter]) for name, parameter in held(optimizer).items() if parameter in state}
-
-
-def empty_like(parameter, shape, dtype):
-    """An empty tensor where the parameter's is, and sharded as it is where it has the parameter's shape."""
-    if tuple(shape) == tuple(parameter.shape):
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    return torch.empty(shape, dtype=dtype, device=parameter.device)
-
-
-def restore_state(optimizer, states):
-    """Put what `whole_state` or `held_state` returned back, on each rank the part that it holds."""
-    own, orders = _own_part(optimizer), _row_orders(optimizer)
-    for name, parameter in held(optimizer).items():
-        if name in states:
-            order = orders.get(name)
-            own.state[parameter] = {key: laid_out_as(parameter, value, order) for key, value in states[name].items()}
-
-
-def laid_out_as(parameter, value, order=None):
-    """A whole tensor where the parameter's is, and sharded as it is where it has the parameter's shape."""
-    if not torch.is_tensor(value):
-        return value
-    value = training_mesh.in_rank_order(value.to(parameter.device), order)
-    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def _named(optimizer):
-    """(name, parameter) of every group, in order."""
-    return [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
-
-
-def _row_orders(optimizer):
-    return {name: order for group in optimizer.param_groups for name, order in group.get("row_orders", {}).items()}
-
-
-def _own_part(optimizer):
-    """The optimizer that this rank steps: of ZeRO-1 the one inside."""
-    return getattr(optimizer, "optim", optimizer)
-
-
-def _is_main():
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-def whole_model(model, place, config):
-    """A model that rank 0 can call alone: a copy with whole weights where ranks share them. All call it together."""
-    if not is_split(config, place):
-        return model
-    tensors = whole_weights(model)
-    if not place.is_main:
-        return model
-    copy = ConfigurableGPT(model.config)
-    copy.load_state_dict(tensors, strict=False)  # tied names share the tensor that is loaded
-    return copy.to(place.device)
-
-
-# ---- norms -----------------------------------------------------------------------------------------------------------
-
-
-def squared_norms(tensors):
-    """The sums of squares of whole tensors, (n,), from what each rank holds of them, in one exchange."""
-    squares = torch.stack([training_mesh.local(tensor).float().square().sum() for tensor in tensors])
-    if not any(hasattr(tensor, "placements") for tensor in tensors):
-        return squares
-    shares = [_shards(tensor) / dist.get_world_size() for tensor in tensors]  # ranks that hold the same speak as one
-    squares *= torch.tensor(shares, device=squares.device)
-    dist.all_reduce(squares)
-    return squares
-
-
-def _shards(tensor):
-    """Into how many different parts a tensor is divided over the ranks."""
-    if not hasattr(tensor, "placements"):
-        return 1
-    along = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in along if not placement.is_replicate())
 
 
 # ---- agreement over ranks --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "mixers": ["mixer_*"],
     "builder": ["model_builder"],
     "whole models": ["model_*"],
-    "place": ["training_parallel", "training_mesh"],
+    "place": ["training_parallel", "training_mesh", "training_weights"],
     "training": ["training_*"],
     "saving and judging": [
         "training_checkpoint", "training_schedules", "training_logger", "training_report", "training_plan", "eval_*",
