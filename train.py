@@ -293,7 +293,7 @@ def train(arguments, closing):
         return log.say(f"stopped by {stop.name or 'another rank'} at step {ledger.step}; continue with {how}")
     ledger.status = "finished"
     if config.sample_tokens:
-        log.sample(parallel.whole_model(model, place, config), dataset, config.sample_tokens, config.seed)
+        log.sample(model, dataset, config.sample_tokens, config.seed, place.device)
 
 
 if __name__ == "__main__":

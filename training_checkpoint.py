@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from training_config import scheduled_counts
+from training_mesh import row_orders
 from training_parallel import from_main, gather
 from training_weights import (
     assign,
@@ -300,8 +301,8 @@ class ShardedWriter(Writer):
             _complete(target, temporary, state, metadata, (), checksums)
             afterwards()
 
-        tensors = tensors_in_shards(model, optimizers)
-        self.saving = self.sharded.save_in_background(temporary / SHARDS, tensors, self.group, sha256, complete)
+        tensors, orders = tensors_in_shards(model, optimizers)
+        self.saving = self.sharded.save_in_background(temporary / SHARDS, tensors, orders, self.group, sha256, complete)
 
     def wait(self):
         """Until the checkpoint that is being written is there.
@@ -324,16 +325,31 @@ class ShardedWriter(Writer):
 WRITERS = {"unsharded": UnshardedWriter, "sharded": ShardedWriter}
 
 
-def tensors_in_shards(model, optimizers):
-    """{name: tensor} of all that this rank holds: `model.<name>`, `optimizers.<index>.<parameter>.exp_avg`, ..."""
-    tensors = {f"model.{name}": tensor for name, tensor in unique_tensors(model).items()}
-    for index, optimizer in enumerate(optimizers):
-        for name, state in held_state(optimizer).items():
-            tensors.update({f"optimizers.{index}.{name}.{key}": value for key, value in state.items()})
-    for name, value in tensors.items():
-        if not torch.is_tensor(value):
-            raise UserError(f"checkpoint_format=sharded writes tensors alone, and {name} is {value!r}; use unsharded")
-    return tensors
+def tensors_in_shards(model, optimizers, states=None):
+    """({name: tensor} of all that this rank holds, {name: order of its rows, where ranks have one of their own}).
+
+    Names are `model.<name>` and `optimizers.<index>.<parameter>.exp_avg`, ...
+
+    Args:
+        states: {parameter: state} of each optimizer, in the place of what it has.
+    """
+    parameters, tensors, orders = unique_tensors(model), {}, {}
+    own_orders = row_orders(model)
+
+    def add(key, tensor, parameter):
+        if not torch.is_tensor(tensor):
+            raise UserError(f"checkpoint_format=sharded writes tensors alone, and {key} is {tensor!r}; use unsharded")
+        tensors[key] = tensor
+        if parameter in own_orders and tensor.dim() and tensor.size(0) == len(own_orders[parameter]):
+            orders[key] = own_orders[parameter]
+
+    for name, tensor in parameters.items():
+        add(f"model.{name}", tensor, name)
+    for index, of_optimizer in enumerate(states or [held_state(optimizer) for optimizer in optimizers]):
+        for name, state in of_optimizer.items():
+            for key, value in state.items():
+                add(f"optimizers.{index}.{name}.{key}", value, name)
+    return tensors, orders
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -475,12 +491,8 @@ def restore_shards(model, optimizers, folder):
     with _shards_of(folder) as (sharded, shards):
         layouts = sharded.layouts(shards)
         check_architecture(model, folder)
-        tensors = {f"model.{name}": tensor for name, tensor in unique_tensors(model).items()}
         states = [_empty_states(optimizer, f"optimizers.{i}.", layouts) for i, optimizer in enumerate(optimizers)]
-        for index, of_optimizer in enumerate(states):
-            for name, state in of_optimizer.items():
-                tensors.update({f"optimizers.{index}.{name}.{key}": tensor for key, tensor in state.items()})
-        sharded.read_into(tensors, shards)
+        sharded.read_into(*tensors_in_shards(model, optimizers, states), shards)
     for optimizer, of_optimizer in zip(optimizers, states, strict=True):
         restore_state(optimizer, of_optimizer)
 
@@ -518,7 +530,7 @@ def read_whole(folder):
     metadata, state = read_metadata(folder), load_training_state(folder)
     with _shards_of(folder) as (sharded, shards):
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sharded.layouts(shards).items()}
-        sharded.read_into(tensors, shards)
+        sharded.read_into(tensors, {}, shards)
     weights = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")

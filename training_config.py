@@ -336,11 +336,6 @@ def validate(config):
     for name in ("fsdp_replicas", "fsdp_cpu_offload", "expert_parallel"):
         if getattr(config, name) > 1 - (name == "fsdp_cpu_offload") and not config.use_fsdp:
             raise UserError(f"{name}={getattr(config, name)} is a way to shard; set use_fsdp=True beside it")
-    if config.tensor_parallel > 1 and config.checkpoint_format == "sharded":
-        raise UserError(
-            f"checkpoint_format=sharded cannot hold the order in which tensor_parallel={config.tensor_parallel} keeps "
-            "rows; use checkpoint_format=unsharded"
-        )
     if config.tensor_parallel > 1 and config.use_zero1:
         raise UserError(
             f"tensor_parallel={config.tensor_parallel} does not go with use_zero1=True, which needs whole weights; "

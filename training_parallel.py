@@ -409,7 +409,13 @@ def _shard(objective, place, config):
     fsdp_dtype says otherwise. Gradients are averaged in float32. Over a mesh of two dimensions torch copies the shards
     along the first (HSDP: gathers stay within a group, gradients are averaged over groups).
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     over = ("replicate", "shard") if place.replicas > 1 else "shard"
     settings = {
@@ -424,7 +430,13 @@ def _shard(objective, place, config):
         for part in training_mesh.parts_with(block, "split_experts") if place.expert_parallel > 1 else ():
             _shard_experts(part, place, {**settings, "mesh": place.expert_mesh[over], "reshard_after_forward": reshard})
         fully_shard(block, reshard_after_forward=reshard, **settings)
-    return fully_shard(objective, **settings)
+        register_fsdp_forward_method(block, "step")
+    fully_shard(objective, **settings)
+    # Text is written by all ranks together, and gathers weights as a forward pass does
+    objective.generate = objective.model.generate
+    register_fsdp_forward_method(objective, "generate")
+    objective.model.generate = objective.generate
+    return objective
 
 
 def _shard_experts(part, place, settings):

@@ -169,10 +169,10 @@ def test_one_process_goes_on_with_what_two_ranks_saved(ranks, workshop):
 # ---- modes: what is sharded ------------------------------------------------------------------------------------------
 
 KINDS = {
-    "transformer": ("--weight_tying=True", "--dropout=0.0"),
-    "moe": (*MOE, "--n_shared_experts=1"),
-    "mamba": ("--block_pattern=mamba",),
-    "lstm": ("--block_pattern=lstm",),
+    "transformer": ("--weight_tying=True", "--dropout=0.0", "--sample_tokens=20"),
+    "moe": (*MOE, "--n_shared_experts=1", "--sample_tokens=20"),
+    "mamba": ("--block_pattern=mamba", "--sample_tokens=20"),
+    "lstm": ("--block_pattern=lstm", "--sample_tokens=20"),
     "muon": ("--optimizer=muon",),
     "games": (*GAMES, "--dropout=0.0"),
     "clipped": (*MOE, "--grad_clip=0.05", "--gradient_checkpointing=full", "--layer_stats_interval=2"),
@@ -207,7 +207,13 @@ def modes(book, tmp_path_factory):
     commands += [shop.command(*STEPS, *mode, *HALF, name=f"half {name}") for name, mode in MODES.items()]
     commands += [
         shop.command(
-            *STEPS, "--use_fsdp=True", "--fsdp_reshard_after_forward=False", "--sample_tokens=20", name="kept"
+            *STEPS,
+            "--use_fsdp=True",
+            "--fsdp_reshard_after_forward=False",
+            "--dropout=0.0",
+            "--weight_tying=True",
+            "--sample_tokens=20",
+            name="kept",
         ),
         shop.command(*STEPS, "--use_fsdp=True", "--fsdp_dtype=bfloat16", name="rounded"),
         shop.command("--use_fsdp=True", "--use_zero1=True", name="both"),
@@ -288,9 +294,17 @@ def test_an_overflow_is_skipped_alike_in_every_mode(modes):
         assert one["final_val_loss"] == pytest.approx(found[0]["final_val_loss"], abs=2e-2)
 
 
-def test_weights_kept_after_forward_train_the_same_and_rank_0_can_write(modes, alone):
+def test_weights_kept_after_forward_train_the_same(modes, alone):
     assert_same_training(modes[0].runs / "kept", alone("transformer"))
-    assert (modes[0].runs / "kept" / "sample.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["transformer", "moe", "mamba", "lstm", "kept"])
+@pytest.mark.parametrize("mode", MODES)
+def test_all_ranks_write_the_text_that_one_process_does(modes, alone, kind, mode):
+    together = modes[0].runs / ("kept" if kind == "kept" else f"{kind} {mode}")
+    one = alone("transformer" if kind == "kept" else kind)
+    texts = [(folder / "sample.txt").read_text(encoding="utf-8") for folder in (together, one)]
+    assert texts[0] == texts[1] and len(texts[0]) > 20
 
 
 def test_rounded_weights_train_nearly_the_same(modes, alone):
