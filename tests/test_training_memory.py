@@ -152,6 +152,39 @@ def test_gathering_in_half_precision_needs_no_copies_of_the_weights():
     assert kept - freed == pytest.approx(2 * n_parameters(two[0]), rel=0.3)
 
 
+@pytest.mark.parametrize("preset, train, depth", [
+    ("gpt2", {}, 9), ("llama", {"gradient_checkpointing": "selective"}, 11),
+    ("moe", {"gradient_accumulation_steps": 2}, 8),
+    ("mamba_hybrid", {"gradient_checkpointing": "full"}, 14), ("llama", {"optimizer": "muon"}, 8),
+])  # fmt: skip
+def test_blocks_that_repeat_are_counted_from_two_shallow_models(monkeypatch, preset, train, depth):
+    settings = settings_of(preset, train, n_layer=depth)
+    counted = []
+    whole = training_memory.counted_whole
+    monkeypatch.setattr(
+        training_memory, "counted_whole", lambda *given: counted.append(given[0].model.n_layer) or whole(*given)
+    )
+    found, every = training_memory.counted(settings, ALONE, 1.0), whole(settings, ALONE, 1.0)
+    assert len(counted) == 2 and max(counted) < depth
+    for what in every:
+        assert found[what] == pytest.approx(every[what], rel=1e-3), what
+
+
+def test_whole_gradients_between_micro_batches_are_counted():
+    train, place = {"use_fsdp": True, "gradient_accumulation_steps": 8}, Place(CPU, "float32", False, 0, 0, 4)
+    sharded, whole = (step_memory(settings_of(train={**train, "fsdp_accumulate": how}), place).kinds["gradients"]
+                      for how in ("sharded", "whole"))  # fmt: skip
+    assert whole == 4 * sharded == 4 * n_parameters(settings_of())
+
+
+def test_a_rank_gathers_its_own_experts_alone():
+    settings = settings_of("moe", {"use_fsdp": True, "gradient_accumulation_steps": 4})
+    model = ConfigurableGPT(settings.model)
+    experts = 4 * sum(block.ffn.experts.up.numel() + block.ffn.experts.down.numel() for block in model.blocks)
+    outside, blocks = training_memory.gathered_bytes(model, Place(CPU, "float32", False, 0, 0, 4, expert_parallel=4))
+    assert outside + sum(blocks) == 4 * n_parameters(settings) - experts * 3 / 4
+
+
 def test_a_step_of_too_many_operators_is_not_counted(monkeypatch):
     monkeypatch.setattr(training_memory, "MAX_OPERATORS", 50)
     with pytest.raises(NotImplementedError, match="more than 50 operators"):

@@ -328,4 +328,4 @@ def test_two_ranks_go_on_in_another_mode_and_one_after_them(ranks, workshop, nam
     assert_same_training(folder, alone, atol=1e-3 if name == "DDP" else 1e-5)  # Muon multiplies in bfloat16
     for tensor_name, tensor in weights(folder, 10).items():
         if name != "DDP":
-            torch.testing.assert_close(tensor, weights(alone, 10)[tensor_name], rtol=0, atol=1e-6)
+            torch.testing.assert_close(tensor, weights(alone, 10)[tensor_name], rtol=0, atol=1e-5)
