@@ -85,7 +85,7 @@ class TrainConfig:
     compile: bool | str = "auto"  # torch.compile; auto is on for CUDA and off elsewhere
     kernel_backend: str = "auto"  # auto: what passes a check at start; plain; or one: triton, mamba_ssm, fla, onednn
     threads: int = 0  # CPU threads; 0 leaves torch's choice
-    gradient_checkpointing: str = "none"  # full: each block is computed again in backward; selective: each second
+    gradient_checkpointing: str = "none"  # products: all but these is computed again; selective: every 2nd block; full
 
     # -- several processes, started by torchrun
     use_zero1: bool = False  # ZeRO-1: each rank keeps the optimizer's state of a part of the parameters
@@ -320,7 +320,7 @@ def validate(config):
     choices = {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "compile": (True, False, "auto"),
-        "gradient_checkpointing": ("none", "full", "selective"),
+        "gradient_checkpointing": ("none", "full", "selective", "products"),
         "fsdp_dtype": ("float32", "bfloat16"),
         "fsdp_accumulate": ("sharded", "whole"),
         "eval_schedule": ("interval", "checkpoints"),

@@ -74,7 +74,8 @@ STEPS = ("padded.py", "--n_layer=2", "--n_head=4", "--max_iters=10", "--batch_si
          "--lr_decay_iters=10", "--eval_interval=1000", "--sample_tokens=8")  # fmt: skip
 MOE = ("--ffn_type=moe", "--n_experts=4", "--n_shared_experts=1", "--load_balance_loss=0.1", "--router_bias_rate=0.01")
 KINDS = {
-    "transformer": ("--arch_preset=llama", "--n_kv_head=4", "--bias=True", "--weight_tying=True"),
+    "transformer": ("--arch_preset=llama", "--n_kv_head=4", "--bias=True", "--weight_tying=True",
+                    "--gradient_checkpointing=products"),
     "moe": MOE,
     "mamba": ("--block_pattern=mamba",),
     "lstm": ("--block_pattern=lstm",),

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import training_parallel as parallel
+from configurator import Settings
 from mixer_attention import MIXER_REGISTRY
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
@@ -30,6 +32,7 @@ from training_helpers import (
     workshop,
     write_games,
 )
+from training_memory import step_memory
 from training_objectives import OBJECTIVE_REGISTRY
 from training_parallel import Place, find_place
 from user_errors import UserError
@@ -363,7 +366,7 @@ def gradients_and_counts(config, way, is_fast):
 
 
 @pytest.mark.parametrize("part", [*sorted(MIXER_REGISTRY), *MIXTURES])
-@pytest.mark.parametrize("way", ["full", "selective"])
+@pytest.mark.parametrize("way", ["full", "selective", "products"])
 @pytest.mark.parametrize("is_fast", [False, True], ids=["plain", "fast"])
 def test_recomputing_activations_changes_no_number(part, way, is_fast):
     shape = dict(n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=16, dropout=0.2)
@@ -378,18 +381,68 @@ def test_recomputing_activations_changes_no_number(part, way, is_fast):
     torch.testing.assert_close(again, kept, rtol=1e-6, atol=1e-6)
 
 
+def n_products(way):
+    """Matrix products of forward and backward of two blocks."""
+    model = ConfigurableGPT(ModelArchitectureConfig.from_preset("llama", n_layer=2, n_embd=16, n_head=2, vocab_size=64))
+    parallel.checkpoint_activations(model, TrainConfig(gradient_checkpointing=way))
+
+    class Counter(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.found += operator in parallel.PRODUCTS
+            return operator(*args, **(kwargs or {}))
+
+    with Counter() as counter:
+        model(torch.zeros(1, 8, dtype=torch.int64))[0].sum().backward()
+    return counter.found
+
+
+def test_products_that_are_kept_are_not_computed_again():
+    assert n_products("products") == n_products("none") < n_products("full")
+
+
+def test_products_are_kept_with_less_memory_than_every_second_block():
+    config = ModelArchitectureConfig.from_preset("llama", n_layer=4, n_embd=64, n_head=2, vocab_size=64, block_size=64)
+
+    def held(way):
+        train = TrainConfig(gradient_checkpointing=way, kernel_backend="plain")
+        return step_memory(Settings(config, train, [], {}), Place(CPU, "float32", tf32=False)).kinds["activations"]
+
+    assert held("full") < held("products") < held("selective") < held("none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["attention", "gru"])
+def test_products_are_kept_where_blocks_are_compiled(monkeypatch, pattern):
+    config = ModelArchitectureConfig(
+        n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=16, block_pattern=pattern
+    )  # fmt: skip
+    expected, _ = gradients_and_counts(config, "none", False)
+    checkpointed = parallel.checkpoint_activations
+
+    def then_compiled(model, train):
+        checkpointed(model, train)
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+
+    monkeypatch.setattr(parallel, "checkpoint_activations", then_compiled)
+    found, _ = gradients_and_counts(config, "products", False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_that_recomputes_logs_the_same(workshop):
     settings = (*MOE, "--n_layer=2", "--dropout=0.2", "--gradient_accumulation_steps=2")
     plain, again = workshop.run(*settings), workshop.run(*settings, "--gradient_checkpointing=full")
     assert_same_run(plain, again, 8)
 
 
-@pytest.mark.parametrize("way, which", [("none", ""), ("full", "abcd"), ("selective", "bd")])
+@pytest.mark.parametrize("way, which", [("none", ""), ("full", "abcd"), ("selective", "bd"), ("products", "")])
 def test_which_blocks_are_computed_again(way, which):
     assert parallel.recomputed("abcd", TrainConfig(gradient_checkpointing=way)) == which
 
 
-@pytest.mark.parametrize("way, most", [("full", 0.35), ("selective", 0.7)])
+@pytest.mark.parametrize("way, most", [("full", 0.35), ("selective", 0.7), ("products", 0.8)])
 def test_less_is_kept_between_forward_and_backward(way, most):
     def kept(gradient_checkpointing):
         model = ConfigurableGPT(ModelArchitectureConfig(n_layer=4, n_embd=32, n_head=2, vocab_size=64, block_size=64))
@@ -557,7 +610,7 @@ def test_blocks_are_compiled_in_their_places_and_put_back_where_that_fails(monke
     place = Place(CPU, "float32", tf32=False)
     monkeypatch.setattr(torch, "compile", compiler)
     assert parallel.compile_module(objective, batch, place, by_block=True) == (objective, "on")
-    assert called == [*objective.model.blocks]
+    assert called == [objective.model.blocks[0]]  # of one kind
     monkeypatch.setattr(torch, "compile", breaks_when_called)
     module, happened = parallel.compile_module(objective, batch, place, by_block=True)
     assert module is objective and happened.startswith("off: torch.compile failed (Dynamo is not supported here)")
@@ -586,7 +639,7 @@ def test_alone_the_sums_over_ranks_are_ones_own():
     assert floats == [1.0, 2.5, math.inf]
     module = torch.nn.Linear(2, 2)
     assert parallel.wrap(module, module, place, TrainConfig()) is module
-    with parallel.gradient_sync(module, is_last=False):
+    with parallel.gradient_sync(module, False, TrainConfig()):
         pass
     with parallel.joined(place):
         pass
