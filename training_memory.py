@@ -55,12 +55,14 @@ class StorageMeter(TorchDispatchMode):
 
     Attributes:
         activations, gradients: bytes alive.  most_activations, peak: the highest so far, of one and of both.
+        phase: of the step, under which the highest are kept apart: {phase: bytes}.
     """
 
     def __init__(self, known=(), gradient_share=1.0):
         super().__init__()
         self.gradient_share, self.sizes, self.is_gradient = gradient_share, {}, set()
-        self.n_operators = self.activations = self.gradients = self.most_activations = self.peak = 0
+        self.n_operators = self.activations = self.gradients = self.n_ready = 0
+        self.phase, self.most_by_phase, self.peak_by_phase = "", {"": 0}, {"": 0}
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -91,8 +93,17 @@ class StorageMeter(TorchDispatchMode):
             self.activations -= size
 
     def look(self):
-        self.most_activations = max(self.most_activations, self.activations)
-        self.peak = max(self.peak, self.activations + self.gradient_share * self.gradients)
+        both = self.activations + self.gradient_share * self.gradients
+        for highest, now in ((self.most_by_phase, self.activations), (self.peak_by_phase, both)):
+            highest[self.phase] = max(highest.get(self.phase, 0), now)
+
+    @property
+    def most_activations(self):
+        return max(self.most_by_phase.values())
+
+    @property
+    def peak(self):
+        return max(self.peak_by_phase.values())
 
     def gradient_is_there(self, parameter):
         """After a gradient was accumulated: from now on it is no activation."""
@@ -113,16 +124,16 @@ def step_memory(settings, place):
     with on_meta():
         share = split_share(ConfigurableGPT(settings.model))
     shares = bytes_held(WHOLE, place, config, share)
-    left = bytes_held(WHOLE, place, config.replace(use_fsdp=False), share)["gradients"]
+    left = 1 - share * (1 - 1 / place.tensor_parallel)
     between = left if keeps_whole_gradients(config, place) else shares["gradients"]
     found = counted(settings, place, between)
     kinds = {
         "weights": found["weights"] * shares["weights"], "gradients": found["gradients"] * between,
-        "optimizer": found["optimizer"] * shares["optimizer"], "activations": found["activations"],
+        "optimizer": found["optimizer"] * shares["optimizer"], "activations": highest(found, "activations"),
         "communication": found["communication"] * left,
     }  # fmt: skip
     kept = kinds["weights"] + kinds["optimizer"] + kinds["communication"]
-    in_passes = kept + found["peak"]
+    in_passes = kept + highest(found, "peak")
     in_update = kept + found["gradients"] * shares["gradients"] + found["scratch"] * shares["optimizer"]
     when = "forward and backward" if in_passes >= in_update else "optimizer step"
     return StepMemory({kind: size for kind, size in kinds.items() if size}, max(in_passes, in_update), when)
@@ -131,7 +142,8 @@ def step_memory(settings, place):
 def counted(settings, place, between):
     """{what: bytes} of a whole model, of which `step_memory` takes a rank's share.
 
-    Where blocks repeat, two shallow models are counted and the rest follows: each repetition adds as much as the last.
+    Where blocks repeat, two shallow models are counted and the rest follows: each repetition adds as much as the last,
+    to the highest of each phase of a step. Which phase has the highest of all may change with the depth.
 
     Args:
         between: the part of the gradients that a rank keeps between micro-batches.
@@ -167,7 +179,13 @@ def counted_whole(settings, place, between):
         gathered = DTYPES[config.fsdp_dtype] if is_sharded(config, place) else torch.float32
         cast_parameters(objective, gathered)  # its gradients too, which are float32 again once they are scattered
         passes = measured_passes(objective, batch, place, n_micro_batches, between * 4 / gathered.itemsize)
-    return {**found, "activations": passes.most_activations, "peak": passes.peak}
+    found |= {f"activations in {phase}": size for phase, size in passes.most_by_phase.items()}
+    return found | {f"peak in {phase}": size for phase, size in passes.peak_by_phase.items()}
+
+
+def highest(found, what):
+    """The highest of all phases."""
+    return max(size for name, size in found.items() if name.startswith(f"{what} in "))
 
 
 def keeps_whole_gradients(config, place):
@@ -198,12 +216,21 @@ def example_batch(objective, settings):
 
 def measured_passes(objective, batch, place, n_micro_batches, gradient_share):
     """The StorageMeter after forward and backward of so many micro-batches."""
-    meter = StorageMeter([*objective.parameters(), *objective.buffers()], gradient_share)
+    meter, parameters = StorageMeter([*objective.parameters(), *objective.buffers()], gradient_share), []
+
+    def accumulated(parameter):
+        meter.gradient_is_there(parameter)
+        meter.n_ready += 1
+        half = "first" if meter.n_ready % len(parameters) < len(parameters) / 2 else "second"
+        meter.phase = f"{half} half of backward {meter.n_ready // len(parameters)}"
+
     for parameter in objective.parameters():
-        parameter.register_post_accumulate_grad_hook(meter.gradient_is_there)
+        parameters.append(parameter)
+        parameter.register_post_accumulate_grad_hook(accumulated)
     precision = torch.autocast("cpu", dtype=DTYPES[place.dtype], enabled=place.dtype != "float32")
     with meter:
-        for _ in range(n_micro_batches):
+        for index in range(n_micro_batches):
+            meter.phase = f"forward {index}"
             inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
             with precision:
                 sums = objective(inputs)

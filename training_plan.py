@@ -363,10 +363,8 @@ def memory_rows(settings, place, target):
 def advice(config, kinds):
     """What to change, the largest kind first."""
     if kinds["activations"] == max(kinds.values()):
-        again = ("none", "selective", "products", "full")
-        ways = [
-            f"gradient_checkpointing={way}" for way in again[max(2, again.index(config.gradient_checkpointing) + 1) :]
-        ]
+        less = {"full": (), "products": ("full",)}.get(config.gradient_checkpointing, ("products", "full"))
+        ways = [f"gradient_checkpointing={way}" for way in less]
         if config.use_fsdp and config.fsdp_dtype == "float32":
             ways.append("fsdp_dtype=bfloat16")  # autocast keeps a copy of every weight in half precision
         if config.batch_size > 1:
