@@ -1,6 +1,6 @@
 """What each rank's memory grows by until a sharded model has its first weights, beside building all of it first.
 
-    python scripts/measure_start.py                                       # LLaMA of 340M parameters on two ranks, FSDP2
+    python scripts/measure_start.py                                       # LLaMA of 367M parameters on two ranks, FSDP2
     python scripts/measure_start.py --ranks=4 config/arch_moe.py --use_fsdp=True --expert_parallel=4 --n_layer=12
 
 Each row is a torchrun of its own on this machine's CPU: a tiny model first, so that everything is imported, then the
