@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from training_config import scheduled_counts
 from training_mesh import row_orders
-from training_parallel import from_main, gather
+from training_ranks import from_main, gather
 from training_weights import (
     assign,
     empty_like,

@@ -24,7 +24,7 @@ from model_builder import NotFiniteError
 from model_flops import active_parameters, mfu, parameters_by_group, state_bytes
 from training_checkpoint import write_atomically, write_json
 from training_ledger import own_scores
-from training_parallel import peak_memory_bytes
+from training_place import peak_memory_bytes
 from training_report import human_count, human_seconds, printable
 from training_tokenizers import TOKENIZER_FILE
 from training_weights import squared_norms

@@ -25,7 +25,9 @@ from model_builder import ConfigurableGPT, on_meta, parameter_plan
 from training_mesh import parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
 from training_optim import OPTIMIZER_REGISTRY
-from training_parallel import DTYPES, bytes_held, checkpoint_activations, is_sharded
+from training_parallel import bytes_held, is_sharded
+from training_place import DTYPES
+from training_recompute import checkpoint_activations
 
 NOT_COUNTED = "the allocator's rounding and fragments, kernels' workspaces, the device's context"
 WHOLE = {"weights": 1.0, "gradients": 1.0, "optimizer": 1.0}

@@ -20,8 +20,10 @@ from training_data import Dataset, check_split, load_dataset, tokens_in_epoch
 from training_memory import NOT_COUNTED, step_memory
 from training_mesh import check_model, parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
-from training_parallel import DTYPES, Place, check_world, is_sharded, mode, recomputed
+from training_parallel import is_sharded, mode
+from training_place import DTYPES, Place, check_world
 from training_prepare import check_absent, check_meets, recipe_of
+from training_recompute import recomputed
 from training_report import architecture_tree, first_line, human_bytes, human_count, human_seconds
 from training_token_files import read_meta
 from training_tokenizers import TOKENIZER_REGISTRY

@@ -33,6 +33,7 @@ def child(way, arguments):
     """Print {'rank', 'grew', 'weights'} in bytes."""
     import configurator
     import training_parallel as parallel
+    import training_place
     from model_builder import ConfigurableGPT
     from model_interop import NoSource
     from training_objectives import OBJECTIVE_REGISTRY
@@ -51,12 +52,12 @@ def child(way, arguments):
 
     where = ["--device=cpu", "--threads=1"]
     small, asked = (configurator.read_settings([*arguments, *where, *more]) for more in (SMALL, []))
-    place = parallel.find_place(asked.train)
-    with parallel.joined(place):
+    place = training_place.find_place(asked.train)
+    with training_place.joined(place):
         start(small, place)
-        before = parallel.peak_memory_bytes(place)
+        before = training_place.peak_memory_bytes(place)
         weights = start(asked, place)
-        grew = parallel.peak_memory_bytes(place) - before
+        grew = training_place.peak_memory_bytes(place) - before
         print(json.dumps({"rank": place.rank, "grew": grew, "weights": weights}), flush=True)
 
 

@@ -11,7 +11,8 @@ from model_config import ModelArchitectureConfig
 from training_config import TrainConfig
 from training_memory import StorageMeter, step_memory
 from training_objectives import OBJECTIVE_REGISTRY
-from training_parallel import Place, checkpoint_activations
+from training_place import Place
+from training_recompute import checkpoint_activations
 
 CPU = torch.device("cpu")
 ALONE = Place(CPU, "float32", tf32=False)

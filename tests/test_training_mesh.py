@@ -11,6 +11,7 @@ import torch
 
 import training_mesh
 import training_parallel as parallel
+import training_place
 from mixer_attention import MIXER_REGISTRY
 from model_builder import ConfigurableGPT
 from model_components import FFN_REGISTRY
@@ -28,7 +29,7 @@ from training_helpers import (
     torchrun,
     workshop,
 )
-from training_parallel import Place
+from training_place import Place
 from user_errors import UserError
 
 CPU = torch.device("cpu")
@@ -409,24 +410,26 @@ def test_processes_that_cannot_be_shared_out_are_refused(settings, n, sentence):
     config = TrainConfig(**settings)
     sizes = {"replicas": config.fsdp_replicas, "tensor_parallel": config.tensor_parallel}
     with pytest.raises(UserError) as error:
-        parallel.check_world(config, place_of(n, **sizes, expert_parallel=config.expert_parallel))
+        training_place.check_world(config, place_of(n, **sizes, expert_parallel=config.expert_parallel))
     assert str(error.value) == sentence
 
 
 def test_ranks_with_other_code_are_told_apart():
     mine = {"code": "abc", "torch": "2.13", "seed": 1}
-    assert parallel.difference([mine, mine, {**mine, "code": "abd"}]).startswith(
+    assert training_place.difference([mine, mine, {**mine, "code": "abd"}]).startswith(
         "rank 2 runs with code='abd' and rank 0 with code='abc'; start every rank from the same files"
     )
-    assert "with seed=None and rank 0 with seed=1" in parallel.difference([mine, {"code": "abc", "torch": "2.13"}])
+    assert "with seed=None and rank 0 with seed=1" in training_place.difference(
+        [mine, {"code": "abc", "torch": "2.13"}]
+    )
 
 
 def test_the_code_is_every_file_beside_the_scripts(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     (tmp_path / "train.py").write_text("1", encoding="utf-8")
-    monkeypatch.setattr(parallel, "__file__", str(tmp_path / "training_parallel.py"))
-    before = parallel.code_hash()
+    monkeypatch.setattr(training_place, "__file__", str(tmp_path / "training_place.py"))
+    before = training_place.code_hash()
     (tmp_path / "notes.md").write_text("no code", encoding="utf-8")
-    assert parallel.code_hash() == before
+    assert training_place.code_hash() == before
     (tmp_path / "kernels" / "grouped.py").write_text("2", encoding="utf-8")
-    assert parallel.code_hash() != before
+    assert training_place.code_hash() != before

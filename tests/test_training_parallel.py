@@ -11,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import training_parallel as parallel
+import training_place
+import training_ranks
+import training_recompute
 from configurator import Settings
 from mixer_attention import MIXER_REGISTRY
 from model_builder import ConfigurableGPT
@@ -34,7 +37,7 @@ from training_helpers import (
 )
 from training_memory import step_memory
 from training_objectives import OBJECTIVE_REGISTRY
-from training_parallel import Place, find_place
+from training_place import Place, find_place
 from user_errors import UserError
 
 CPU = torch.device("cpu")
@@ -355,7 +358,7 @@ def gradients_and_counts(config, way, is_fast):
     if is_fast:
         kernels.choose(model, CPU, "auto", torch.float32)
     train_config = TrainConfig(gradient_checkpointing=way)
-    parallel.checkpoint_activations(model, train_config)
+    training_recompute.checkpoint_activations(model, train_config)
     objective = OBJECTIVE_REGISTRY["causal_lm"](model, train_config)
     tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(3)
@@ -384,13 +387,13 @@ def test_recomputing_activations_changes_no_number(part, way, is_fast):
 def n_products(way):
     """Matrix products of forward and backward of two blocks."""
     model = ConfigurableGPT(ModelArchitectureConfig.from_preset("llama", n_layer=2, n_embd=16, n_head=2, vocab_size=64))
-    parallel.checkpoint_activations(model, TrainConfig(gradient_checkpointing=way))
+    training_recompute.checkpoint_activations(model, TrainConfig(gradient_checkpointing=way))
 
     class Counter(TorchDispatchMode):
         found = 0
 
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            self.found += operator in parallel.PRODUCTS
+            self.found += operator in training_recompute.PRODUCTS
             return operator(*args, **(kwargs or {}))
 
     with Counter() as counter:
@@ -419,14 +422,14 @@ def test_products_are_kept_where_blocks_are_compiled(monkeypatch, pattern):
         n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=16, block_pattern=pattern
     )  # fmt: skip
     expected, _ = gradients_and_counts(config, "none", False)
-    checkpointed = parallel.checkpoint_activations
+    checkpointed = training_recompute.checkpoint_activations
 
     def then_compiled(model, train):
         checkpointed(model, train)
         for block in model.blocks:
             block.compile(backend="aot_eager")
 
-    monkeypatch.setattr(parallel, "checkpoint_activations", then_compiled)
+    monkeypatch.setattr(training_recompute, "checkpoint_activations", then_compiled)
     found, _ = gradients_and_counts(config, "products", False)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -439,14 +442,14 @@ def test_a_run_that_recomputes_logs_the_same(workshop):
 
 @pytest.mark.parametrize("way, which", [("none", ""), ("full", "abcd"), ("selective", "bd"), ("products", "")])
 def test_which_blocks_are_computed_again(way, which):
-    assert parallel.recomputed("abcd", TrainConfig(gradient_checkpointing=way)) == which
+    assert training_recompute.recomputed("abcd", TrainConfig(gradient_checkpointing=way)) == which
 
 
 @pytest.mark.parametrize("way, most", [("full", 0.35), ("selective", 0.7), ("products", 0.8)])
 def test_less_is_kept_between_forward_and_backward(way, most):
     def kept(gradient_checkpointing):
         model = ConfigurableGPT(ModelArchitectureConfig(n_layer=4, n_embd=32, n_head=2, vocab_size=64, block_size=64))
-        parallel.checkpoint_activations(model, TrainConfig(gradient_checkpointing=gradient_checkpointing))
+        training_recompute.checkpoint_activations(model, TrainConfig(gradient_checkpointing=gradient_checkpointing))
         found, weights = [], {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
         def keep(tensor):
@@ -478,7 +481,7 @@ def test_alone_on_a_cpu(monkeypatch):
 def test_auto_takes_the_best_that_is_there(monkeypatch, cuda, mps, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert parallel._device("auto", None) == torch.device(device)
+    assert training_place._device("auto", None) == torch.device(device)
 
 
 @pytest.mark.parametrize("device, words", [
@@ -500,10 +503,10 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, device, words):
 def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert parallel._device("cuda:1", None) == torch.device("cuda", 1)
-    assert parallel._device("cuda", 1) == torch.device("cuda", 1)  # a rank takes the GPU of its number
+    assert training_place._device("cuda:1", None) == torch.device("cuda", 1)
+    assert training_place._device("cuda", 1) == torch.device("cuda", 1)  # a rank takes the GPU of its number
     with pytest.raises(UserError, match=r"device='cuda:5' does not exist: torch sees 2 GPU"):
-        parallel._device("cuda:5", None)
+        training_place._device("cuda:5", None)
 
 
 @pytest.mark.parametrize(
@@ -511,8 +514,8 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
 )
 def test_on_cuda_auto_is_the_half_precision_that_the_gpu_has(monkeypatch, dtype, supported, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
-    assert parallel._dtype(dtype, torch.device("cuda", 0)) == chosen
-    assert parallel._dtype(dtype, CPU) == "float32"
+    assert training_place._dtype(dtype, torch.device("cuda", 0)) == chosen
+    assert training_place._dtype(dtype, CPU) == "float32"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -632,15 +635,15 @@ def test_a_truly_compiled_run_learns_the_same(workshop):
 def test_alone_the_sums_over_ranks_are_ones_own():
     place = Place(CPU, "float32", tf32=False)
     tensor = torch.tensor([1.0, 2.0])
-    assert parallel.sum_over_ranks(tensor, place) is tensor
-    assert parallel.gather("mine", place) == ["mine"]
-    assert parallel.any_rank(None, place) is False and parallel.any_rank(15, place) is True
-    floats = parallel.to_host([torch.tensor(1), torch.tensor(2.5), torch.tensor(math.inf)], place)
+    assert training_ranks.sum_over_ranks(tensor, place) is tensor
+    assert training_ranks.gather("mine", place) == ["mine"]
+    assert training_ranks.any_rank(None, place) is False and training_ranks.any_rank(15, place) is True
+    floats = training_ranks.to_host([torch.tensor(1), torch.tensor(2.5), torch.tensor(math.inf)], place)
     assert floats == [1.0, 2.5, math.inf]
     module = torch.nn.Linear(2, 2)
     assert parallel.wrap(module, module, place, TrainConfig()) is module
     with parallel.gradient_sync(module, False, TrainConfig()):
         pass
-    with parallel.joined(place):
+    with training_place.joined(place):
         pass
-    assert_same(parallel.peak_memory_bytes(place) > 2**20, True)
+    assert_same(training_place.peak_memory_bytes(place) > 2**20, True)

@@ -12,7 +12,7 @@ from model_builder import ConfigurableGPT
 from model_flops import flops_per_token
 from training_config import TrainConfig
 from training_helpers import book, workshop  # noqa: F401
-from training_parallel import Place
+from training_place import Place
 from training_plan import TARGETS, DataFacts, activations_sent, bytes_sent, length_of, place_of, step_time
 
 SMALL = ("--arch_preset=llama", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=16", "--dry_run=True")

@@ -36,7 +36,7 @@ from training_helpers import (
     workshop,
 )
 from training_optim import OPTIMIZER_REGISTRY
-from training_parallel import Place
+from training_place import Place
 from user_errors import UserError
 
 ALONE = Place(torch.device("cpu"), "float32", tf32=False)

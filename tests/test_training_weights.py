@@ -15,6 +15,7 @@ STARTS = """
 import json, sys
 import torch
 import training_parallel as parallel
+import training_place
 from configurator import Settings
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
@@ -51,12 +52,12 @@ def start(name, settings, place):
         held = sum(parallel.training_mesh.local(tensor).numel() for tensor in built.parameters())
         print("start", name, same, held / sum(tensor.numel() for tensor in built.parameters()), flush=True)
 
-first = parallel.find_place(CASES[0][1].train)
-with parallel.joined(first):
+first = training_place.find_place(CASES[0][1].train)
+with training_place.joined(first):
     for name, settings in CASES:
         config = settings.train
         sizes = config.fsdp_replicas, config.tensor_parallel, config.expert_parallel
-        start(name, settings, parallel.Place(first.device, "float32", False, first.rank, first.rank, 2, *sizes))
+        start(name, settings, training_place.Place(first.device, "float32", False, first.rank, first.rank, 2, *sizes))
 """
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 16, "vocab_size": 29}
