@@ -82,8 +82,9 @@ def _sent_by_rank_0(source, model, place):
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     for name, shape in from_main(shapes, place).items():
-        tensor = tensors.pop(name).to(place.device, torch.float32) if place.is_main else None
-        tensor = torch.empty(shape, device=place.device) if tensor is None else tensor.contiguous()
+        tensor = torch.empty(shape, device=place.device)
+        if place.is_main:
+            tensor.copy_(tensors.pop(name).detach())
         dist.broadcast(tensor, src=0)
         yield name, tensor
 
@@ -236,13 +237,15 @@ def compile_module(module, example_batch, place, by_block=False):
 
     batch = {name: tensor.to(place.device) for name, tensor in example_batch.items()}
     try:
-        with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []), place.autocast():
+        with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
             if by_block:
                 compiled = module
-                _try_blocks(module.model, module.config.seed, batch, place.device)
+                _try_blocks(module.model, module.config.seed, batch, place)
             else:
                 compiled = torch.compile(module)
-                compiled(batch)["loss"].backward()
+                with place.autocast():
+                    loss = compiled(batch)["loss"]
+                loss.backward()
         if place.device.type == "cuda":
             torch.cuda.synchronize(place.device)
     except Exception as error:
@@ -256,17 +259,18 @@ def compile_module(module, example_batch, place, by_block=False):
     return compiled, "on"
 
 
-def _try_blocks(model, seed, batch, device):
+def _try_blocks(model, seed, batch, place):
     """Compile every block, and run the first of each kind on hidden states of a batch's shape, forward and backward."""
     for block in model.blocks:
         block.compile()
     carried = {} if any(block.carries for block in model.blocks) else None
-    x = torch.randn(*batch["inputs"].shape, model.config.n_embd, device=device, requires_grad=True)
-    with training_weights.blocks_in_memory(model, seed, device) as blocks:
-        for block in blocks:
-            inputs = (x, batch.get("positions"), batch.get("document_ids"))
-            if carried is None:
-                x = block(*inputs)
-            else:
-                x, carried = block(*inputs, carried)
+    x = torch.randn(*batch["inputs"].shape, model.config.n_embd, device=place.device, requires_grad=True)
+    with training_weights.blocks_in_memory(model, seed, place.device) as blocks:
+        with place.autocast():
+            for block in blocks:
+                inputs = (x, batch.get("positions"), batch.get("document_ids"))
+                if carried is None:
+                    x = block(*inputs)
+                else:
+                    x, carried = block(*inputs, carried)
         x.sum().backward()

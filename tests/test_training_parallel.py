@@ -232,7 +232,7 @@ def modes(book, tmp_path_factory):
     for name in ("FSDP2", "ZeRO-1"):
         shop.run(*STEPS, "--max_iters=3", name=f"1 to 2 {name}")  # one process, then two
         commands.append([*resume, f"--run_name=1 to 2 {name}", "--max_iters=7", *MODES[name]])
-    return shop, launch(shop, commands)
+    return shop, launch(shop, commands, timeout=900)
 
 
 @pytest.fixture(scope="module")
