@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import configurator
-import training_parallel as parallel
+import training_place
 from bench_cases import Case, Job, Workers, interleaved, kernel_check, peers_beside, prompt_length
 from bench_parts import PARTS
 from bench_peers import find_peers
@@ -101,7 +101,7 @@ def main(arguments):
     config, cases = read_command(arguments)
     peers, contexts, parts = find_peers(config.peers), config.context_lengths(), config.part_names()
     decode_contexts = config.decode_lengths()
-    place = parallel.find_place(cases[0].settings().train)
+    place = training_place.find_place(cases[0].settings().train)
     device_name = place.device_name()
     path = Path(config.out_dir) / f"{slug(device_name)}.json"
     story = {
@@ -109,7 +109,7 @@ def main(arguments):
         "command": command_of(arguments), "threads": torch.get_num_threads(),
     }  # fmt: skip
     print(f"{device_name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    with parallel.memory_errors():
+    with training_place.memory_errors():
         if not parts or cases[0].has_files:
             save(path, device_name, {"cases": measure(config, cases, peers, story)})
         if contexts:
@@ -168,7 +168,7 @@ def _case(text, shared):
 
 def measure(config, cases, peers, story):
     """Time every case and its peers in turn, print the table, and return {case key: record}."""
-    place = parallel.find_place(cases[0].settings().train)
+    place = training_place.find_place(cases[0].settings().train)
     if place.device.type == "cuda":
         check_kernels(cases)
     jobs = [Job(case, peer) for case in cases for peer in ["", *(peer.text for peer in peers_beside(case, peers))]]

@@ -21,6 +21,7 @@ import torch
 import configurator
 import kernels
 import training_parallel as parallel
+import training_place
 from bench_peers import find_peers
 from model_builder import ConfigurableGPT, on_meta, parameter_plan
 from model_flops import flops_per_token, state_bytes, synchronize
@@ -57,7 +58,7 @@ class Candidate:
     """A model of ours or a peer's with all that one training step needs.
 
     Args:
-        settings: configurator.Settings. place: training_parallel.Place.
+        settings: configurator.Settings. place: training_place.Place.
         peer: None for ours; one of bench_peers.PEERS, whose architecture matches.
         sequences: of a batch; None is batch_size.
     """
@@ -73,7 +74,7 @@ class Candidate:
         if peer is None:
             self.name, self.generate = "nanoArch", lambda idx, n: ours.generate(idx, n, temperature=0)
             ours.to(place.device)
-            dtype = parallel.DTYPES[place.dtype]
+            dtype = training_place.DTYPES[place.dtype]
             self.kernels = kernels.choose(ours, place.device, self.train.kernel_backend, dtype)
             self.module, self.clip = OBJECTIVE_REGISTRY[self.train.objective](ours, self.train), clip_gradients
             make = OPTIMIZER_REGISTRY[self.train.optimizer]
@@ -327,9 +328,9 @@ def _serve(pipe, job):
 def _make(job):
     """(Candidate, its description) of a job, warm."""
     if job.peer or not job.keep_memory:  # a setting of train.py that others do not have
-        parallel.keep_freed_memory = lambda: None
+        training_place.keep_freed_memory = lambda: None
     settings = job.case.settings(**({} if job.context is None else {"block_size": job.context}))
-    peer, place = next(iter(find_peers(job.peer)), None), parallel.find_place(settings.train)
+    peer, place = next(iter(find_peers(job.peer)), None), training_place.find_place(settings.train)
     with on_meta():
         model = ConfigurableGPT(settings.model)
         _ = None if peer is None else peer.counterpart(model)  # for what it imports late
@@ -348,7 +349,7 @@ def _memory(place):
     if place.device.type == "cpu" and (status := Path("/proc/self/status")).exists():
         # The peak that getrusage gives includes what the parent had when it started this process.
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))[1])
-    return parallel.peak_memory_bytes(place)
+    return training_place.peak_memory_bytes(place)
 
 
 def case_key(case, settings, candidate):
@@ -383,7 +384,7 @@ def kernel_check(case, tolerance=1e-3):
     results = {}
     for backend in ("plain", settings.train.kernel_backend):
         train = settings.train.replace(kernel_backend=backend, dtype="float32", tf32=False, compile=False)
-        candidate = Candidate(dataclasses.replace(settings, train=train), parallel.find_place(train),
+        candidate = Candidate(dataclasses.replace(settings, train=train), training_place.find_place(train),
                               sequences=1)  # fmt: skip
         candidate.forward_backward()
         results[backend] = [p.grad for p in candidate.parameters if p.grad is not None]

@@ -42,7 +42,7 @@ from eval_probing import read_probe
 from eval_prompts import Decoding, load_prompts
 from eval_tasks import LossTask, ProbeTask, PromptTask
 from model_builder import ConfigurableGPT, on_meta
-from training_parallel import place_of_reader
+from training_place import place_of_reader
 from training_report import human_count, human_seconds, printable
 from user_errors import Parser, UserError, exit_on_user_error
 

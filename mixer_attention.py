@@ -308,7 +308,8 @@ class Attention(Mixer):
     def _append(self, state, k, v):
         """The state with S more keys and values; the buffers double when full, so that n tokens cost O(n) copies."""
         held, needed = state["held"], state["held"] + k.size(2)
-        keys, values = state["keys"], state["values"]
+        # The first keys tell how many heads are here: one of several ranks has some of them
+        keys, values = (state["keys"], state["values"]) if held else (k[:, :, :0], v[:, :, :0])
         if needed > keys.size(2):
             room = max(needed, 2 * keys.size(2), 16)
             keys, values = (_grown(old.to(k.dtype), room, held) for old in (keys, values))  # autocast decides the dtype

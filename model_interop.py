@@ -320,6 +320,10 @@ class NoSource:
     def fill(self, model):
         """Leave the model as it is."""
 
+    def tensors_for(self, model):
+        """None."""
+        return {}
+
 
 @dataclasses.dataclass
 class Source:
@@ -332,7 +336,11 @@ class Source:
 
     def fill(self, model):
         """Copy the weights into a ConfigurableGPT."""
-        fill(dict(model.named_parameters()), to_ours(self.entry, self.tensors(), model))
+        fill(dict(model.named_parameters()), self.tensors_for(model))
+
+    def tensors_for(self, model):
+        """{our name: tensor} for the parameters of a ConfigurableGPT, whose own tensors need no data."""
+        return to_ours(self.entry, self.tensors(), model)
 
 
 def starting_point(settings):

@@ -16,7 +16,7 @@ import torch
 import configurator
 import training_checkpoint as checkpoint
 from model_builder import ConfigurableGPT
-from training_parallel import place_of_reader
+from training_place import place_of_reader
 from training_report import printable
 from training_tokenizers import load_tokenizer
 from user_errors import Parser, UserError, exit_on_user_error

@@ -33,13 +33,17 @@ import training_checkpoint as checkpoint  # noqa: E402
 import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
 import training_plan as plan_ahead  # noqa: E402
-from model_builder import ConfigurableGPT, notes, parameter_plan  # noqa: E402
+import training_ranks as ranks  # noqa: E402
+from model_builder import notes, parameter_plan  # noqa: E402
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
 from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
 from training_ledger import Ledger, StepMeter  # noqa: E402
 from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, added, validation_scores  # noqa: E402
 from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
+from training_place import DTYPES, check_agreement, find_place, joined, memory_errors, peak_memory_bytes  # noqa: E402
+from training_recompute import checkpoint_activations  # noqa: E402
 from training_report import startup_report  # noqa: E402
+from training_weights import blocks_in_memory  # noqa: E402
 from user_errors import UserError, exit_on_user_error  # noqa: E402
 
 
@@ -47,7 +51,7 @@ from user_errors import UserError, exit_on_user_error  # noqa: E402
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         return print(configurator.help_text(__doc__))
-    with parallel.memory_errors(), contextlib.ExitStack() as closing:  # however a run ends, what it opened is closed
+    with memory_errors(), contextlib.ExitStack() as closing:  # however a run ends, what it opened is closed
         train(arguments, closing)
 
 
@@ -58,9 +62,9 @@ def train(arguments, closing):
     if config.dry_run:
         return print(plan_ahead.dry_run(settings))
     is_resumed = config.init_from == "resume"
-    place = parallel.find_place(config)
-    closing.enter_context(parallel.joined(place))
-    parallel.check_agreement(settings, place)
+    place = find_place(config)
+    closing.enter_context(joined(place))
+    check_agreement(settings, place)
     torch.manual_seed(config.seed)  # for what a part may draw by itself: weights and data have seeds of their own
 
     # ---- data: the same tokens in the same order for every architecture ----------------------------------------------
@@ -81,16 +85,15 @@ def train(arguments, closing):
     due = checkpoint.scheduled_steps(counts, stream.tokens_per_step, total_steps)  # {step: scheduled tokens}
 
     # ---- model, objective, optimizer ---------------------------------------------------------------------------------
-    model = ConfigurableGPT(settings.model, config.seed, OBJECTIVE_REGISTRY[config.objective].heads)
-    first_weights.fill(model)
+    model = parallel.build(settings, OBJECTIVE_REGISTRY[config.objective].heads, place)
     plan = parameter_plan(model)
     objective = OBJECTIVE_REGISTRY[config.objective](model, config)
     flops = flops_per_token(model, head_fraction=objective.head_fraction)
     ledger = Ledger(stream.tokens_per_step, flops.training, stream.initial_hash)
     meter = StepMeter(place.device)
     model.check_device(place.device)
-    model.to(place.device)
-    chosen_kernels = kernels.choose(model, place.device, config.kernel_backend, parallel.DTYPES[place.dtype])
+    with blocks_in_memory(model, config.seed, place.device):
+        chosen_kernels = kernels.choose(model, place.device, config.kernel_backend, DTYPES[place.dtype])
     optimizers = OPTIMIZER_REGISTRY[config.optimizer](plan, dict(model.named_parameters()), config, place.device)
     schedule = build_schedule(config, total_steps)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == "float16")
@@ -107,21 +110,22 @@ def train(arguments, closing):
             length = f"step {ledger.step} of {total_steps}; to go on, raise --{config.length_setting}"
             raise UserError(f"run '{folder.name}' is at {length}")
     else:
-        folder = parallel.from_main(lambda: logging.new_run_folder(settings, dataset.name), place)
+        folder = ranks.from_main(lambda: logging.new_run_folder(settings, dataset.name), place)
     is_begun = folder.exists()
 
     # ---- split, recompute, compile, shard ----------------------------------------------------------------------------
     parallel.split_weights(model, place)
-    parallel.checkpoint_activations(model, config)
+    checkpoint_activations(model, config)
     module, compiled = objective, "off"
     if parallel.wants_compile(config, place):
         example = objective.prepare(stream.batches(0, 0, 1, config.batch_size)[0], config.seed)
         module, compiled = parallel.compile_module(objective, example, place, parallel.is_split(config, place))
     module = parallel.wrap(objective, module, place, config)
+    parallel.fill(model, None if is_resumed else first_weights, place, config)
     optimizers = parallel.distributed_optimizers(optimizers, model, place, config)
     if is_resumed:
         checkpoint.restore(model, optimizers, saved, saved_at)
-    parallel.wait_for_all(place)  # all have read the run folder: from here on rank 0 writes to it
+    ranks.wait_for_all(place)  # all have read the run folder: from here on rank 0 writes to it
 
     # ---- say what is about to happen ---------------------------------------------------------------------------------
     peak = hardware_peak(place.device, place.precision)
@@ -160,10 +164,10 @@ def train(arguments, closing):
 
     def save():
         """Write the checkpoint of this step, unless it exists."""
-        ledger.add_joules(parallel.gather(meter.take_joules(), place))
+        ledger.add_joules(ranks.gather(meter.take_joules(), place))
         state = {
             "ledger": ledger.state(), "scaler": scaler.state_dict(), "stream": stream.initial_hash,
-            "random_states": parallel.gather(checkpoint.random_state(place.device), place)[:: place.tensor_parallel],
+            "random_states": ranks.gather(checkpoint.random_state(place.device), place)[:: place.tensor_parallel],
         }  # fmt: skip
         metadata = logging.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
         writer.save(model, optimizers, state, metadata, prune)
@@ -179,7 +183,7 @@ def train(arguments, closing):
         scores = validation_scores(objective, validation, config.batch_size, place, is_final)
         seconds = time.perf_counter() - t0
         ledger.eval_seconds += seconds
-        ledger.add_joules(parallel.gather(meter.take_joules(), place))
+        ledger.add_joules(ranks.gather(meter.take_joules(), place))
         row = {"kind": "eval", "step": ledger.step, **ledger.at_evaluation(), **scores, "seconds": seconds,
                "tokens_scheduled": due.get(ledger.step)}  # fmt: skip
         ledger.evaluations.append(row)
@@ -214,16 +218,16 @@ def train(arguments, closing):
 
         # The loss of a step is one mean over its supervised tokens, however they are split into micro-batches and ranks
         n_tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in micro_batches)
-        n_tokens = parallel.sum_over_ranks(n_tokens, place)
+        n_tokens = ranks.sum_over_ranks(n_tokens, place)
         nats, counts = 0.0, {}
         for index, batch in enumerate(micro_batches):
-            with parallel.gradient_sync(module, is_last=index + 1 == len(micro_batches)):
+            with parallel.gradient_sync(module, index + 1 == len(micro_batches), config):
                 with place.autocast():
                     sums = module(batch)
                 scaler.scale(sums["loss"] * (place.data_size / n_tokens)).backward()  # DDP takes the mean over ranks
             nats, counts = nats + sums["nats"], added(counts, sums.get("counts", {}))
-        loss = parallel.sum_over_ranks(nats, place) / n_tokens
-        counts = parallel.sums_over_ranks(counts, place)
+        loss = ranks.sum_over_ranks(nats, place) / n_tokens
+        counts = ranks.sums_over_ranks(counts, place)
 
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -231,7 +235,7 @@ def train(arguments, closing):
         if config.layer_stats_interval and (ledger.step + 1) % config.layer_stats_interval == 0:
             stats = logging.layer_stats(model)
         grad_norm = clip_gradients(parameters, config.grad_clip)
-        loss, grad_norm, n_tokens = parallel.to_host([loss, grad_norm, n_tokens], place)
+        loss, grad_norm, n_tokens = ranks.to_host([loss, grad_norm, n_tokens], place)
         is_finite = math.isfinite(loss + grad_norm)
         if is_finite:
             for optimizer in optimizers:
@@ -262,7 +266,7 @@ def train(arguments, closing):
                 "tokens_per_second": speed, "mfu": mfu(flops.training, speed, peak, place.world_size),
                 "data_wait": waited / since_log, "train_seconds": ledger.train_seconds,
                 "epoch": stream.epoch(ledger.step), "non_finite_steps": ledger.non_finite_steps,
-                "peak_memory_bytes": parallel.peak_memory_bytes(place), **stats, **model.report(logged_counts),
+                "peak_memory_bytes": peak_memory_bytes(place), **stats, **model.report(logged_counts),
             }  # fmt: skip
             if ledger.step > first_step + 1:
                 ledger.speeds.append(speed)
@@ -274,7 +278,7 @@ def train(arguments, closing):
             raise ledger.diverged(config, in_a_row, folder.name)
         if ledger.step in to_save:
             save()
-        if not is_last and parallel.any_rank(stop.received, place):
+        if not is_last and ranks.any_rank(stop.received, place):
             save()
             ledger.status = "interrupted"
             break
@@ -292,7 +296,7 @@ def train(arguments, closing):
         return log.say(f"stopped by {stop.name or 'another rank'} at step {ledger.step}; continue with {how}")
     ledger.status = "finished"
     if config.sample_tokens:
-        log.sample(parallel.whole_model(model, place, config), dataset, config.sample_tokens, config.seed)
+        log.sample(model, dataset, config.sample_tokens, config.seed, place.device)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ import signal
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from training_config import scheduled_counts
-from training_parallel import (
+from training_mesh import row_orders
+from training_ranks import from_main, gather
+from training_weights import (
+    assign,
     empty_like,
-    from_main,
-    gather,
     held,
     held_state,
     restore_state,
@@ -300,8 +301,8 @@ class ShardedWriter(Writer):
             _complete(target, temporary, state, metadata, (), checksums)
             afterwards()
 
-        tensors = tensors_in_shards(model, optimizers)
-        self.saving = self.sharded.save_in_background(temporary / SHARDS, tensors, self.group, sha256, complete)
+        tensors, orders = tensors_in_shards(model, optimizers)
+        self.saving = self.sharded.save_in_background(temporary / SHARDS, tensors, orders, self.group, sha256, complete)
 
     def wait(self):
         """Until the checkpoint that is being written is there.
@@ -324,16 +325,31 @@ class ShardedWriter(Writer):
 WRITERS = {"unsharded": UnshardedWriter, "sharded": ShardedWriter}
 
 
-def tensors_in_shards(model, optimizers):
-    """{name: tensor} of all that this rank holds: `model.<name>`, `optimizers.<index>.<parameter>.exp_avg`, ..."""
-    tensors = {f"model.{name}": tensor for name, tensor in unique_tensors(model).items()}
-    for index, optimizer in enumerate(optimizers):
-        for name, state in held_state(optimizer).items():
-            tensors.update({f"optimizers.{index}.{name}.{key}": value for key, value in state.items()})
-    for name, value in tensors.items():
-        if not torch.is_tensor(value):
-            raise UserError(f"checkpoint_format=sharded writes tensors alone, and {name} is {value!r}; use unsharded")
-    return tensors
+def tensors_in_shards(model, optimizers, states=None):
+    """({name: tensor} of all that this rank holds, {name: order of its rows, where ranks have one of their own}).
+
+    Names are `model.<name>` and `optimizers.<index>.<parameter>.exp_avg`, ...
+
+    Args:
+        states: {parameter: state} of each optimizer, in the place of what it has.
+    """
+    parameters, tensors, orders = unique_tensors(model), {}, {}
+    own_orders = row_orders(model)
+
+    def add(key, tensor, parameter):
+        if not torch.is_tensor(tensor):
+            raise UserError(f"checkpoint_format=sharded writes tensors alone, and {key} is {tensor!r}; use unsharded")
+        tensors[key] = tensor
+        if parameter in own_orders and tensor.dim() and tensor.size(0) == len(own_orders[parameter]):
+            orders[key] = own_orders[parameter]
+
+    for name, tensor in parameters.items():
+        add(f"model.{name}", tensor, name)
+    for index, of_optimizer in enumerate(states or [held_state(optimizer) for optimizer in optimizers]):
+        for name, state in of_optimizer.items():
+            for key, value in state.items():
+                add(f"optimizers.{index}.{name}.{key}", value, name)
+    return tensors, orders
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -410,23 +426,44 @@ def _corrupt(folder, what):
 
 
 def load_model(model, folder):
-    """Fill a ConfigurableGPT from a checkpoint, the tied tensor included.
+    """Fill a ConfigurableGPT, wrapped or not, from a checkpoint, each rank what it holds; the tied tensor included.
 
-    From an unsharded one a bare model is filled, from a sharded one a wrapped model too, each rank what it holds.
-
-    A model built without the heads of an objective leaves those of the checkpoint aside: to write text, say.
+    Of an unsharded checkpoint one tensor at a time is read. A model built without the heads of an objective leaves
+    those of the checkpoint aside: to write text, say.
 
     Raises:
-        UserError: tensors of another architecture.
+        UserError: tensors of another architecture, or files that cannot be read.
     """
     if is_sharded(folder):
         return restore_shards(model, [], folder)
+    with _whole_tensors(folder) as file:
+        assign(model, ((name, file.get_tensor(name)) for name in check_architecture(model, folder)))
+
+
+@contextlib.contextmanager
+def _whole_tensors(folder):
+    """model.safetensors, open; what cannot be read in this context costs a sentence."""
     try:
-        tensors = load_file(folder / "model.safetensors")
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            yield file
     except (OSError, SafetensorError) as error:
         raise _corrupt(folder, f"model.safetensors cannot be read ({error})") from None
-    shapes = _check_architecture(model, {name: tensor.shape for name, tensor in tensors.items()}, folder)
-    model.load_state_dict({name: tensors[name] for name in shapes}, strict=False)  # a tied tensor is loaded once
+
+
+def check_architecture(model, folder):
+    """The names of a checkpoint's weights that are the model's, which needs no memory.
+
+    Raises:
+        UserError: tensors of another architecture, or files that cannot be read.
+    """
+    if is_sharded(folder):
+        with _shards_of(folder) as (sharded, shards):
+            layouts = sharded.layouts(shards)
+        shapes = {name[len("model.") :]: shape for name, (shape, _) in layouts.items() if name.startswith("model.")}
+    else:
+        with _whole_tensors(folder) as file:
+            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return [*_check_architecture(model, shapes, folder)]
 
 
 def _check_architecture(model, shapes, folder):
@@ -453,14 +490,9 @@ def restore_shards(model, optimizers, folder):
     """
     with _shards_of(folder) as (sharded, shards):
         layouts = sharded.layouts(shards)
-        found = {name[len("model.") :]: shape for name, (shape, _) in layouts.items() if name.startswith("model.")}
-        _check_architecture(model, found, folder)
-        tensors = {f"model.{name}": tensor for name, tensor in unique_tensors(model).items()}
+        check_architecture(model, folder)
         states = [_empty_states(optimizer, f"optimizers.{i}.", layouts) for i, optimizer in enumerate(optimizers)]
-        for index, of_optimizer in enumerate(states):
-            for name, state in of_optimizer.items():
-                tensors.update({f"optimizers.{index}.{name}.{key}": tensor for key, tensor in state.items()})
-        sharded.read_into(tensors, shards)
+        sharded.read_into(*tensors_in_shards(model, optimizers, states), shards)
     for optimizer, of_optimizer in zip(optimizers, states, strict=True):
         restore_state(optimizer, of_optimizer)
 
@@ -498,7 +530,7 @@ def read_whole(folder):
     metadata, state = read_metadata(folder), load_training_state(folder)
     with _shards_of(folder) as (sharded, shards):
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sharded.layouts(shards).items()}
-        sharded.read_into(tensors, shards)
+        sharded.read_into(tensors, {}, shards)
     weights = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
@@ -512,43 +544,45 @@ def read_whole(folder):
 
 
 def taken_up(run_folder, step, model, place):
-    """(folder of a run's checkpoint, its training state), with its weights in the bare model, unless it is sharded.
+    """(folder of a run's checkpoint, its training state), whose weights fit the model.
 
     Raises:
         UserError: none is there, it is damaged, or of another architecture.
     """
     folder = from_main(lambda: find_checkpoint(run_folder, step), place)
     read_metadata(folder, place)  # refuses damaged files
-    if not is_sharded(folder):
-        load_model(model, folder)
-    elif place.tensor_parallel > 1:  # which holds the rows of a fused projection in an order of its own
-        raise UserError(
-            f"tensor_parallel={place.tensor_parallel} cannot read the shards of {folder}; "
-            f"make it whole first: python scripts/convert_checkpoint.py {folder}"
-        )
-    return folder, load_training_state(folder)
+    check_architecture(model, folder)
+    state = load_training_state(folder, in_file=True)
+    random_states = [{name: tensor.clone() for name, tensor in one.items()} for one in state["random_states"]]
+    return folder, {**state, "random_states": random_states}
 
 
-def load_training_state(folder, device="cpu"):
-    """The dict given to `save_checkpoint`, read without running any code that the file might hold."""
+def load_training_state(folder, in_file=False):
+    """The dict given to `save_checkpoint`, on the CPU, read without running any code that the file might hold.
+
+    Args:
+        in_file: leave tensors in the file until they are used, so that ranks that share them read their part alone.
+    """
     try:
-        return torch.load(folder / "training_state.pt", map_location=device, weights_only=True)
+        return torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True, mmap=in_file)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise _corrupt(folder, f"training_state.pt cannot be read ({type(error).__name__})") from None
 
 
 def restore(model, optimizers, saved, folder):
-    """What a wrapped model and its optimizers take from a checkpoint; the weights of an unsharded one are there.
+    """What a wrapped model and its optimizers take from a checkpoint.
 
     Args:
-        saved: what `load_training_state` gave.
+        saved: what `load_training_state` gave; the optimizers' tensors leave it.
     """
     if len(saved["optimizers"]) != len(optimizers):
         raise UserError(f"{folder} was trained with another optimizer; resume with the one it had")
+    states = saved.pop("optimizers")
     if is_sharded(folder):
         return restore_shards(model, optimizers, folder)
-    for optimizer, states in zip(optimizers, saved["optimizers"], strict=True):
-        restore_state(optimizer, states)
+    load_model(model, folder)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        restore_state(optimizer, state)
 
 
 def random_state(device):

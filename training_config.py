@@ -85,7 +85,7 @@ class TrainConfig:
     compile: bool | str = "auto"  # torch.compile; auto is on for CUDA and off elsewhere
     kernel_backend: str = "auto"  # auto: what passes a check; plain; or one of compiled, triton, mamba_ssm, fla, onednn
     threads: int = 0  # CPU threads; 0 leaves torch's choice
-    gradient_checkpointing: str = "none"  # full: each block is computed again in backward; selective: each second
+    gradient_checkpointing: str = "none"  # products: all but these is computed again; selective: every 2nd block; full
 
     # -- several processes, started by torchrun
     use_zero1: bool = False  # ZeRO-1: each rank keeps the optimizer's state of a part of the parameters
@@ -93,6 +93,7 @@ class TrainConfig:
     fsdp_reshard_after_forward: bool = True  # free a block's weights until its backward; False gathers them once
     fsdp_dtype: str = "float32"  # of gathered weights; bfloat16 halves the traffic and rounds norms and gates too
     fsdp_replicas: int = 1  # groups of ranks that each shard a whole model (HSDP), such as one per node
+    fsdp_accumulate: str = "sharded"  # gradients between micro-batches; whole: sent once a step, 4 bytes a weight more
     fsdp_cpu_offload: bool = False  # keep weights, gradients and optimizer in the CPU's memory between their uses
     tensor_parallel: int = 1  # ranks that share the heads and hidden units of each layer, and read the same data
     expert_parallel: int = 1  # with use_fsdp: ranks that share the experts of each moe layer; tokens go to them
@@ -319,8 +320,9 @@ def validate(config):
     choices = {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "compile": (True, False, "auto"),
-        "gradient_checkpointing": ("none", "full", "selective"),
+        "gradient_checkpointing": ("none", "full", "selective", "products"),
         "fsdp_dtype": ("float32", "bfloat16"),
+        "fsdp_accumulate": ("sharded", "whole"),
         "eval_schedule": ("interval", "checkpoints"),
         "checkpoint_format": ("unsharded", "sharded"),
         "subsequent_epochs_spacing": ("log", "linear"),
@@ -334,11 +336,6 @@ def validate(config):
     for name in ("fsdp_replicas", "fsdp_cpu_offload", "expert_parallel"):
         if getattr(config, name) > 1 - (name == "fsdp_cpu_offload") and not config.use_fsdp:
             raise UserError(f"{name}={getattr(config, name)} is a way to shard; set use_fsdp=True beside it")
-    if config.tensor_parallel > 1 and config.checkpoint_format == "sharded":
-        raise UserError(
-            f"checkpoint_format=sharded cannot hold the order in which tensor_parallel={config.tensor_parallel} keeps "
-            "rows; use checkpoint_format=unsharded"
-        )
     if config.tensor_parallel > 1 and config.use_zero1:
         raise UserError(
             f"tensor_parallel={config.tensor_parallel} does not go with use_zero1=True, which needs whole weights; "

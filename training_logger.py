@@ -24,9 +24,10 @@ from model_builder import NotFiniteError
 from model_flops import active_parameters, mfu, parameters_by_group, state_bytes
 from training_checkpoint import write_atomically, write_json
 from training_ledger import own_scores
-from training_parallel import peak_memory_bytes, squared_norms
+from training_place import peak_memory_bytes
 from training_report import human_count, human_seconds, printable
 from training_tokenizers import TOKENIZER_FILE
+from training_weights import squared_norms
 from user_errors import UserError
 
 FORMAT = 1
@@ -113,8 +114,22 @@ class SilentLogger:
     def evaluation(self, row, is_best):
         pass
 
-    def sample(self, model, dataset, n_tokens, seed):
-        pass
+    def sample(self, model, dataset, n_tokens, seed, device):
+        """(text that the model writes after the first words of the validation split, why there is none), one is None.
+
+        Every rank calls it, because ranks may share the weights.
+        """
+        if not model.config.causal:
+            return None, "with causal=False a model fills gaps, and writes no text from left to right"
+        if dataset.meta["tokenizer"]["name"] is None:
+            return None, "the dataset's tokenizer is unknown"
+        prompt = torch.from_numpy(dataset.val[:16].astype("int64"))[None].to(device)
+        generator = torch.Generator(device=device).manual_seed(seed)
+        try:
+            ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=generator)
+        except NotFiniteError:
+            return None, "the model's logits are not finite"
+        return dataset.tokenizer.decode(ids[0]), None
 
     def write_summary(self, summary):
         pass
@@ -214,19 +229,11 @@ class RunLogger(ConsoleLogger):
         self.record(row)
         super().evaluation(row, is_best)
 
-    def sample(self, model, dataset, n_tokens, seed):
-        """Print text that the model writes after the first words of the validation split, and keep it."""
-        if not model.config.causal:
-            return self.say("no sample: with causal=False a model fills gaps, and writes no text from left to right")
-        if dataset.meta["tokenizer"]["name"] is None:
-            return self.say("no sample: the dataset's tokenizer is unknown")
-        prompt = torch.from_numpy(dataset.val[:16].astype("int64"))[None].to(model.head.weight.device)
-        generator = torch.Generator(device=prompt.device).manual_seed(seed)
-        try:
-            ids = model.generate(prompt, n_tokens, temperature=0.8, top_k=200, generator=generator)
-        except NotFiniteError:
-            return self.say("no sample: the model's logits are not finite")
-        text = dataset.tokenizer.decode(ids[0])
+    def sample(self, *arguments):
+        """Print the text, and keep it."""
+        text, why_none = super().sample(*arguments)
+        if text is None:
+            return self.say(f"no sample: {why_none}")
         (self.folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.say(f"\n{printable(text)}\n")
 

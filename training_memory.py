@@ -10,6 +10,8 @@ logits and recomputed blocks alike, and any part of the user's own. What a kerne
 what the allocator adds: rounding, fragments, the context of a device (`docs/scaling.md`).
 """
 
+import dataclasses
+import math
 import weakref
 from dataclasses import dataclass
 
@@ -19,11 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import cpu_norm, grouped
-from model_builder import ConfigurableGPT, parameter_plan
-from training_mesh import split_share
+from model_builder import ConfigurableGPT, on_meta, parameter_plan
+from training_mesh import parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
 from training_optim import OPTIMIZER_REGISTRY
-from training_parallel import DTYPES, bytes_held, checkpoint_activations, is_sharded
+from training_parallel import bytes_held, is_sharded
+from training_place import DTYPES
+from training_recompute import checkpoint_activations
 
 NOT_COUNTED = "the allocator's rounding and fragments, kernels' workspaces, the device's context"
 WHOLE = {"weights": 1.0, "gradients": 1.0, "optimizer": 1.0}
@@ -53,12 +57,14 @@ class StorageMeter(TorchDispatchMode):
 
     Attributes:
         activations, gradients: bytes alive.  most_activations, peak: the highest so far, of one and of both.
+        phase: of the step, under which the highest are kept apart: {phase: bytes}.
     """
 
     def __init__(self, known=(), gradient_share=1.0):
         super().__init__()
         self.gradient_share, self.sizes, self.is_gradient = gradient_share, {}, set()
-        self.n_operators = self.activations = self.gradients = self.most_activations = self.peak = 0
+        self.n_operators = self.activations = self.gradients = self.n_ready = 0
+        self.phase, self.most_by_phase, self.peak_by_phase = "", {"": 0}, {"": 0}
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -89,8 +95,17 @@ class StorageMeter(TorchDispatchMode):
             self.activations -= size
 
     def look(self):
-        self.most_activations = max(self.most_activations, self.activations)
-        self.peak = max(self.peak, self.activations + self.gradient_share * self.gradients)
+        both = self.activations + self.gradient_share * self.gradients
+        for highest, now in ((self.most_by_phase, self.activations), (self.peak_by_phase, both)):
+            highest[self.phase] = max(highest.get(self.phase, 0), now)
+
+    @property
+    def most_activations(self):
+        return max(self.most_by_phase.values())
+
+    @property
+    def peak(self):
+        return max(self.peak_by_phase.values())
 
     def gradient_is_there(self, parameter):
         """After a gradient was accumulated: from now on it is no activation."""
@@ -108,31 +123,77 @@ def step_memory(settings, place):
         NotImplementedError, RuntimeError: a part whose shapes depend on the data, or an operator without a shape rule.
     """
     config = settings.train
+    with on_meta():
+        share = split_share(ConfigurableGPT(settings.model))
+    shares = bytes_held(WHOLE, place, config, share)
+    left = 1 - share * (1 - 1 / place.tensor_parallel)
+    between = left if keeps_whole_gradients(config, place) else shares["gradients"]
+    found = counted(settings, place, between)
+    kinds = {
+        "weights": found["weights"] * shares["weights"], "gradients": found["gradients"] * between,
+        "optimizer": found["optimizer"] * shares["optimizer"], "activations": highest(found, "activations"),
+        "communication": found["communication"] * left,
+    }  # fmt: skip
+    kept = kinds["weights"] + kinds["optimizer"] + kinds["communication"]
+    in_passes = kept + highest(found, "peak")
+    in_update = kept + found["gradients"] * shares["gradients"] + found["scratch"] * shares["optimizer"]
+    when = "forward and backward" if in_passes >= in_update else "optimizer step"
+    return StepMemory({kind: size for kind, size in kinds.items() if size}, max(in_passes, in_update), when)
+
+
+def counted(settings, place, between):
+    """{what: bytes} of a whole model, of which `step_memory` takes a rank's share.
+
+    Where blocks repeat, two shallow models are counted and the rest follows: each repetition adds as much as the last,
+    to the highest of each phase of a step. Which phase has the highest of all may change with the depth.
+
+    Args:
+        between: the part of the gradients that a rank keeps between micro-batches.
+    """
+    depth, period = settings.model.n_layer, len(settings.model.pattern())
+    if settings.train.gradient_checkpointing == "selective":
+        period = math.lcm(period, 2)
+    short = depth % period + 2 * period
+    if depth <= short + period:
+        return counted_whole(settings, place, between)
+    one, two = (
+        counted_whole(dataclasses.replace(settings, model=settings.model.replace(n_layer=n)), place, between)
+        for n in (short, short + period)
+    )
+    return {what: one[what] + (two[what] - one[what]) * (depth - short) / period for what in one}
+
+
+def counted_whole(settings, place, between):
+    """What `counted` gives, by running a step of every block."""
+    config = settings.train
     n_micro_batches = min(2, max(1, config.gradient_accumulation_steps // place.data_size))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         objective = bare_objective(settings, place)
-    shares = bytes_held(WHOLE, place, config, split_share(objective.model))
     batch = example_batch(objective, settings)
     with fake:
-        weights = bytes_of([*objective.parameters(), *objective.buffers()])
-        gradients = bytes_of(objective.parameters())
-        left = 1 - split_share(objective.model) * (1 - 1 / place.tensor_parallel)
-        buffers = left * communication_bytes(objective.model, config, place)
-        state, scratch = measured_update(objective.model, config)
+        found = {
+            "weights": bytes_of([*objective.parameters(), *objective.buffers()]),
+            "gradients": bytes_of(objective.parameters()),
+            "communication": communication_bytes(objective.model, config, place),
+        }
+        found["optimizer"], found["scratch"] = measured_update(objective.model, config)
         gathered = DTYPES[config.fsdp_dtype] if is_sharded(config, place) else torch.float32
         cast_parameters(objective, gathered)  # its gradients too, which are float32 again once they are scattered
-        kept_share = shares["gradients"] * 4 / gathered.itemsize
-        passes = measured_passes(objective, batch, place, n_micro_batches, kept_share)
-    kinds = {
-        "weights": weights * shares["weights"], "gradients": gradients * shares["gradients"],
-        "optimizer": state * shares["optimizer"], "activations": passes.most_activations,
-        "communication": buffers,
-    }  # fmt: skip
-    kept = kinds["weights"] + kinds["optimizer"] + buffers
-    in_passes, in_update = kept + passes.peak, kept + kinds["gradients"] + scratch * shares["optimizer"]
-    when = "forward and backward" if in_passes >= in_update else "optimizer step"
-    return StepMemory({kind: size for kind, size in kinds.items() if size}, max(in_passes, in_update), when)
+        passes = measured_passes(objective, batch, place, n_micro_batches, between * 4 / gathered.itemsize)
+    found |= {f"activations in {phase}": size for phase, size in passes.most_by_phase.items()}
+    return found | {f"peak in {phase}": size for phase, size in passes.peak_by_phase.items()}
+
+
+def highest(found, what):
+    """The highest of all phases."""
+    return max(size for name, size in found.items() if name.startswith(f"{what} in "))
+
+
+def keeps_whole_gradients(config, place):
+    """Whether a rank has gradients of all weights between micro-batches, though weights are sharded."""
+    accumulates = config.gradient_accumulation_steps > place.data_size
+    return is_sharded(config, place) and config.fsdp_accumulate == "whole" and accumulates
 
 
 def bare_objective(settings, place):
@@ -157,12 +218,21 @@ def example_batch(objective, settings):
 
 def measured_passes(objective, batch, place, n_micro_batches, gradient_share):
     """The StorageMeter after forward and backward of so many micro-batches."""
-    meter = StorageMeter([*objective.parameters(), *objective.buffers()], gradient_share)
+    meter, parameters = StorageMeter([*objective.parameters(), *objective.buffers()], gradient_share), []
+
+    def accumulated(parameter):
+        meter.gradient_is_there(parameter)
+        meter.n_ready += 1
+        half = "first" if meter.n_ready % len(parameters) < len(parameters) / 2 else "second"
+        meter.phase = f"{half} half of backward {meter.n_ready // len(parameters)}"
+
     for parameter in objective.parameters():
-        parameter.register_post_accumulate_grad_hook(meter.gradient_is_there)
+        parameters.append(parameter)
+        parameter.register_post_accumulate_grad_hook(accumulated)
     precision = torch.autocast("cpu", dtype=DTYPES[place.dtype], enabled=place.dtype != "float32")
     with meter:
-        for _ in range(n_micro_batches):
+        for index in range(n_micro_batches):
+            meter.phase = f"forward {index}"
             inputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
             with precision:
                 sums = objective(inputs)
@@ -206,13 +276,25 @@ def communication_bytes(model, config, place):
     """
     if place.data_size == 1:
         return 0
-    whole = bytes_of(model.parameters())
     if not is_sharded(config, place):
-        return whole
-    blocks = sorted((bytes_of(block.parameters()) for block in model.blocks), reverse=True)
+        return bytes_of(model.parameters())
+    outside, blocks = gathered_bytes(model, place)
+    blocks.sort(reverse=True)
     gathered = sum(blocks[:2]) if config.fsdp_reshard_after_forward else sum(blocks)
     factor = DTYPES[config.fsdp_dtype].itemsize / 4
-    return factor * (whole - sum(blocks) + gathered) + blocks[0]
+    return factor * (outside + gathered) + blocks[0]
+
+
+def gathered_bytes(model, place):
+    """(bytes outside the blocks, [bytes of each block]) that FSDP2 gathers on a rank: its own share of the experts."""
+
+    def of(module):
+        experts = [getattr(part, name) for part in parts_with(module, "split_experts") for name in part.split_experts]
+        elsewhere = bytes_of(experts) * (1 - 1 / place.expert_parallel)
+        return bytes_of(module.parameters()) - elsewhere
+
+    blocks = [of(block) for block in model.blocks]
+    return of(model) - sum(blocks), blocks
 
 
 def bytes_of(tensors):

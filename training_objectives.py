@@ -22,7 +22,7 @@ from model_builder import IGNORE_INDEX, soft_cap
 from registry import Registry
 from training_corpora import PROBE_REGISTRY
 from training_data import bits_per_byte, keys_of, scrambled, shuffled
-from training_parallel import sum_over_ranks
+from training_ranks import sum_over_ranks
 from training_win import win_scores, win_sums
 from user_errors import UserError
 

@@ -9,7 +9,7 @@ import math
 import torch
 
 from registry import Registry
-from training_parallel import laid_out_as, squared_norms, whole
+from training_weights import laid_out_as, squared_norms, whole
 from user_errors import UserError
 
 OPTIMIZER_REGISTRY = Registry("optimizer", of="train")

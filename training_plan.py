@@ -16,12 +16,14 @@ from model_builder import ConfigurableGPT, notes, on_meta
 from model_config import GPT2_VOCAB_SIZE
 from model_flops import CONVENTION, active_parameters, flops_per_token, published_peak
 from training_corpora import CORPUS_REGISTRY, PROBE_REGISTRY
-from training_data import check_split, load_dataset, tokens_in_epoch
+from training_data import Dataset, check_split, load_dataset, tokens_in_epoch
 from training_memory import NOT_COUNTED, step_memory
 from training_mesh import check_model, parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
-from training_parallel import DTYPES, Place, check_world, is_sharded, is_split, mode, recomputed
+from training_parallel import is_sharded, mode
+from training_place import DTYPES, Place, check_world
 from training_prepare import check_absent, check_meets, recipe_of
+from training_recompute import recomputed
 from training_report import architecture_tree, first_line, human_bytes, human_count, human_seconds
 from training_token_files import read_meta
 from training_tokenizers import TOKENIZER_REGISTRY
@@ -107,6 +109,8 @@ class DataFacts:
     n_tokens: int | None = None
     n_records: int | None = None
 
+    check_vocab = Dataset.check_vocab
+
     def tokens_in_epoch(self, block_size):
         """Tokens of one pass, or None where that is unknown; a record fills a window."""
         if self.n_records:
@@ -169,31 +173,38 @@ def length_of(config, block_size, facts):
 # ---- communication and time ------------------------------------------------------------------------------------------
 
 
-def bytes_sent(weights, config, place):
+def bytes_sent(weights, config, place, experts=0):
     """{kind: bytes that each rank sends in a step} of weights and gradients, in rings (Patarasuk & Yuan 2009).
 
     An all-reduce of n bytes over p ranks costs each 2 n (p - 1) / p, a gather or a scatter half of that. DDP sums
     gradients once a step; ZeRO-1 sends updated weights besides; FSDP2 gathers weights before forward, again before
-    backward where they were freed, and scatters gradients, in every micro-batch. With replicas (HSDP) it does so within
-    one of them, and 'replicas' is the sum of the scattered gradients over all.
+    backward where they were freed, and scatters gradients, in every micro-batch or once (`fsdp_accumulate`). With
+    replicas (HSDP) it does so within one of them, and 'replicas' is the sum of the scattered gradients over all, once.
 
     Args:
         weights: bytes of the model in float32, without what `tensor_parallel` leaves to other ranks.
+        experts: bytes of those that `expert_parallel` divides: a rank gathers its own, from the ranks that share them.
     """
-    shares = {n: (n - 1) / n for n in (place.data_size, place.data_size // place.replicas, place.replicas)}
     if place.data_size == 1:
         return {}
     if not is_sharded(config, place):
-        share = weights * shares[place.data_size]
+        share = weights * _share_sent(place.data_size)
         return {"gradients": 2 * share} | ({"weights": share} if config.use_zero1 else {})
     n_micro_batches, n_shards = config.gradient_accumulation_steps // place.data_size, place.data_size // place.replicas
-    gathers = n_micro_batches * (2 if config.fsdp_reshard_after_forward else 1)
+    n_gathers = n_micro_batches * (2 if config.fsdp_reshard_after_forward else 1)
+    n_scatters = n_micro_batches if config.fsdp_accumulate == "sharded" else 1
+    once = (weights - experts) * _share_sent(n_shards)
+    once += experts / place.expert_parallel * _share_sent(n_shards // place.expert_parallel)
     sent = {
-        "weights": gathers * weights * shares[n_shards] * DTYPES[config.fsdp_dtype].itemsize / 4,
-        "gradients": n_micro_batches * weights * shares[n_shards],
-        "replicas": n_micro_batches * 2 * weights / n_shards * shares[place.replicas],
+        "weights": n_gathers * once * DTYPES[config.fsdp_dtype].itemsize / 4, "gradients": n_scatters * once,
+        "replicas": 2 * weights / n_shards * _share_sent(place.replicas),
     }  # fmt: skip
     return {kind: size for kind, size in sent.items() if size}
+
+
+def _share_sent(n):
+    """What a rank of n sends of what they gather or scatter."""
+    return (n - 1) / n
 
 
 def activations_sent(model, config, place):
@@ -274,7 +285,9 @@ def dry_run(settings):
     check_split(config.sequences_per_step, config.batch_size, place.data_size)
     facts, kind = data_facts(settings), OBJECTIVE_REGISTRY[config.objective]
     kind.check_dataset(facts)
-    settings = with_vocabulary(settings, facts.vocab_size + kind.extra_tokens(config))
+    extra_tokens = kind.extra_tokens(config)
+    settings = with_vocabulary(settings, facts.vocab_size + extra_tokens)
+    facts.check_vocab(settings.model.vocab_size, extra_tokens)
     if config.match:
         settings = matching.with_matched_shape(settings)
     with on_meta():
@@ -284,7 +297,9 @@ def dry_run(settings):
     steps, tokens_per_step = length_of(config, settings.model.block_size, facts)
     kept = 1 - split_share(model) * (1 - 1 / place.tensor_parallel)
     weights = 4 * kept * sum(p.numel() for p in model.parameters())
-    sent = bytes_sent(weights, config, place) | activations_sent(model, config, place)
+    parts = parts_with(model, "split_experts") if place.expert_parallel > 1 else []
+    experts = 4 * sum(getattr(part, name).numel() for part in parts for name in part.split_experts)
+    sent = bytes_sent(weights, config, place, experts) | activations_sent(model, config, place)
     n_again = len(recomputed(model.blocks, config))
     time = step_time(flops, n_again, len(model.blocks), tokens_per_step, sent, target, config, place)
     rows = [
@@ -292,7 +307,6 @@ def dry_run(settings):
         ("devices", f"{place.world_size} x {target.name}, {place.precision}, {mode(config, place)}, "
                     f"gradient_checkpointing={config.gradient_checkpointing}"),
         *memory_rows(settings, place, target),
-        *start_rows(model, config, place, target),
         *time_rows(time, sent, steps, place),
         *assumption_rows(config, target, place),
         *(("note", note) for note in notes(settings.model)),
@@ -320,8 +334,6 @@ def run_rows(settings, model, flops, facts, steps, tokens_per_step, place):
 def assumption_rows(config, target, place):
     peak = human_count(published_peak(target.name, place.precision))
     split = [("", "activations as without tensor_parallel, which splits some")] if place.tensor_parallel > 1 else []
-    if place.expert_parallel > 1:
-        split.append(("", "weights gathered as without expert_parallel, which leaves experts where they are"))
     return [
         ("assumed", f"{100 * config.target_mfu:.3g}% of {peak}FLOP/s on each device (target_mfu), recomputed blocks "
                     "included"),
@@ -350,22 +362,11 @@ def memory_rows(settings, place, target):
     return rows
 
 
-def start_rows(model, config, place, target):
-    """[(name, text)]: what a rank needs before weights are divided, as each builds all of them in float32 (`train.py`).
-
-    No rank needs more than in a step where none is divided.
-    """
-    if not is_split(config, place):
-        return []
-    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
-    fits = "" if whole <= target.memory else f"; DOES NOT START on a {target.name}"
-    return [("at the start", f"{human_bytes(whole)} on each device: the whole model, before it is divided{fits}")]
-
-
 def advice(config, kinds):
     """What to change, the largest kind first."""
     if kinds["activations"] == max(kinds.values()):
-        ways = [] if config.gradient_checkpointing == "full" else ["gradient_checkpointing=full"]
+        less = {"full": (), "products": ("full",)}.get(config.gradient_checkpointing, ("products", "full"))
+        ways = [f"gradient_checkpointing={way}" for way in less]
         if config.use_fsdp and config.fsdp_dtype == "float32":
             ways.append("fsdp_dtype=bfloat16")  # autocast keeps a copy of every weight in half precision
         if config.batch_size > 1:

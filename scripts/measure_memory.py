@@ -48,12 +48,12 @@ def child(gives_back, folder, arguments):
 
     import configurator
     import train
-    import training_parallel
+    import training_place
 
     if gives_back:
-        training_parallel.keep_freed_memory = lambda: None
+        training_place.keep_freed_memory = lambda: None
     from training_memory import step_memory
-    from training_parallel import peak_memory_bytes
+    from training_place import peak_memory_bytes
 
     (folder / "text.txt").write_text("".join(f"{i} is a number, and so is {i * i}.\n" for i in range(30_000)))
     where = [f"--data_dir={folder / 'data'}", f"--runs_dir={folder}", f"--input={folder / 'text.txt'}"]
@@ -96,7 +96,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         import torch
 
-        from training_parallel import Place
+        from training_place import Place
 
         CPU = Place(torch.device("cpu"), "float32", tf32=False)
         child(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

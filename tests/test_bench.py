@@ -9,11 +9,11 @@ import torch
 
 import bench
 import bench_parts
-import training_parallel
+import training_place
 from bench_cases import Candidate, Case, Job, Workers, _make, case_key, interleaved, kernel_check, peers_beside, timed
 from bench_peers import PEERS, find_peers
 from bench_record import aligned, load, merged, number, quantile, ratio, save, slug, spread
-from training_parallel import find_place
+from training_place import find_place
 from user_errors import UserError
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--vocab_size=31",
@@ -258,7 +258,7 @@ class InProcess:
 @pytest.fixture
 def bench_here(tmp_path, monkeypatch, capsys):
     """Run bench.py with tiny models in this process: (its record, what it printed)."""
-    monkeypatch.setattr(training_parallel, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(training_place, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(bench, "measured_peak", lambda device, precision, seconds: 1e9)
     for module in (bench, bench_parts):
         monkeypatch.setattr(module, "Workers", InProcess)

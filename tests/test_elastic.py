@@ -15,7 +15,8 @@ import torch
 
 import train
 import training_checkpoint as checkpoint
-import training_parallel as parallel
+import training_place
+import training_ranks
 from test_scripts import main_of
 from training_helpers import (
     ROOT,
@@ -249,23 +250,23 @@ def test_restarts_that_would_each_begin_a_run_are_refused(workshop, monkeypatch)
 def test_each_attempt_of_torchrun_meets_at_keys_of_its_own(monkeypatch):
     store = torch.distributed.HashStore()
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 0, 2)]))
-    assert parallel._own_store(0, 2) == {}
+    assert training_place._own_store(0, 2) == {}
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for attempt in "01":
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        given = parallel._own_store(1, 2)
+        given = training_place._own_store(1, 2)
         assert (given["rank"], given["world_size"]) == (1, 2)
         assert not given["store"].check(["address"])  # that of the attempt before is not seen
         given["store"].set("address", attempt)
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--max-restarts=3 on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        parallel._own_store(0, 4)
+        training_place._own_store(0, 4)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")  # what that variable does
-    assert parallel._own_store(0, 4) == {}
+    assert training_place._own_store(0, 4) == {}
 
 
-TWO = parallel.Place(torch.device("cpu"), "float32", False, 0, 0, 2)
+TWO = training_place.Place(torch.device("cpu"), "float32", False, 0, 0, 2)
 
 
 def test_damage_that_another_rank_finds_is_refused_alike(workshop, monkeypatch):
@@ -283,13 +284,13 @@ def test_damage_that_another_rank_finds_is_refused_alike(workshop, monkeypatch):
 def test_rank_0_decides_for_all(monkeypatch):
     sent = []
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda values, src: sent.append((*values, src)))
-    assert parallel.from_main(lambda: "runs/a", TWO) == "runs/a"
+    assert training_ranks.from_main(lambda: "runs/a", TWO) == "runs/a"
 
     def refuse():
         raise UserError("runs/a exists")
 
     with pytest.raises(UserError, match="runs/a exists"):
-        parallel.from_main(refuse, TWO)
+        training_ranks.from_main(refuse, TWO)
     assert sent == [(("runs/a", None), 0), ((None, "runs/a exists"), 0)]
     for decision, _ in sent[:]:
         monkeypatch.setattr(
@@ -297,7 +298,7 @@ def test_rank_0_decides_for_all(monkeypatch):
         )
         other = dataclasses.replace(TWO, rank=1)
         if decision[1] is None:
-            assert parallel.from_main(refuse, other) == "runs/a"
+            assert training_ranks.from_main(refuse, other) == "runs/a"
         else:
             with pytest.raises(UserError, match="runs/a exists"):
-                parallel.from_main(refuse, other)
+                training_ranks.from_main(refuse, other)

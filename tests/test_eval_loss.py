@@ -19,7 +19,7 @@ from model_builder import ConfigurableGPT
 from training_config import TrainConfig
 from training_data import ValidationSet
 from training_objectives import OBJECTIVE_REGISTRY, summed
-from training_parallel import find_place
+from training_place import find_place
 from user_errors import UserError
 
 V, T = 29, 8

@@ -26,7 +26,7 @@ from training_corpora import PROBE_REGISTRY
 from training_data import IGNORE_INDEX, BatchStream, ValidationSet, load_dataset
 from training_helpers import Workshop, a_peak, book, read_json, rows, steps_of_checkpoints, summary, workshop
 from training_objectives import OBJECTIVE_REGISTRY, validation_scores
-from training_parallel import find_place
+from training_place import find_place
 from user_errors import UserError
 
 # Small enough to read by eye; each probe's own options and a window that leaves it room.

@@ -27,7 +27,10 @@ LAYERS = {  # a file imports from its own layer and the ones before it; the firs
     "mixers": ["mixer_*"],
     "builder": ["model_builder"],
     "whole models": ["model_*"],
-    "place": ["training_parallel", "training_mesh"],
+    "place": [
+        "training_mesh", "training_ranks", "training_place", "training_weights", "training_recompute",
+        "training_parallel",
+    ],
     "training": ["training_*"],
     "saving and judging": [
         "training_checkpoint", "training_schedules", "training_logger", "training_report", "training_plan", "eval_*",
@@ -65,7 +68,7 @@ def layer_of(name):
 
 def test_the_walk_sees_imports():
     assert {"torch", "mixer_attention", "importlib"} <= GRAPH["model_builder"]
-    assert "resource" in GRAPH["training_parallel"]  # inside a function
+    assert "resource" in GRAPH["training_place"]  # inside a function
     assert (layer_of("model_config"), layer_of("model_flops")) == ("settings", "whole models")
     assert (layer_of("training_data"), layer_of("training_config")) == ("training", "settings")
     assert layer_of("training_logger") == "saving and judging" and layer_of("stray") is None

@@ -15,7 +15,7 @@ from recurrence_helpers import (
     random,
 )
 from training_config import TrainConfig
-from training_parallel import checkpoint_activations
+from training_recompute import checkpoint_activations
 from user_errors import UserError
 
 B, H, K, V = 2, 3, 4, 5

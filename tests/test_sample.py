@@ -11,7 +11,7 @@ import sample
 import train
 from training_config import TrainConfig
 from training_helpers import Workshop, a_peak, book, files_in, poison, workshop
-from training_parallel import Place, place_of_reader
+from training_place import Place, place_of_reader
 from user_errors import UserError
 
 

@@ -15,7 +15,7 @@ from training_checkpoint import checkpoint_steps, evaluation_steps, generated_co
 from training_config import TrainConfig
 from training_helpers import assert_same, files_in
 from training_optim import OPTIMIZER_REGISTRY
-from training_parallel import whole_weights
+from training_weights import whole_weights
 from user_errors import UserError
 
 # ---- when -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from model_config import ModelArchitectureConfig
 from training_config import TrainConfig
 from training_memory import StorageMeter, step_memory
 from training_objectives import OBJECTIVE_REGISTRY
-from training_parallel import Place, checkpoint_activations
+from training_place import Place
+from training_recompute import checkpoint_activations
 
 CPU = torch.device("cpu")
 ALONE = Place(CPU, "float32", tf32=False)
@@ -150,6 +151,48 @@ def test_gathering_in_half_precision_needs_no_copies_of_the_weights():
     two = [settings_of("llama", {**train, "fsdp_dtype": dtype}, block_size=8) for dtype in ("float32", "bfloat16")]
     kept, freed = (step_memory(settings, place).kinds["activations"] for settings in two)
     assert kept - freed == pytest.approx(2 * n_parameters(two[0]), rel=0.3)
+
+
+@pytest.mark.parametrize("between", [1.0, 0.1])
+@pytest.mark.parametrize("preset, train, depth", [
+    ("gpt2", {}, 9), ("llama", {"gradient_checkpointing": "selective"}, 11),
+    ("moe", {"gradient_accumulation_steps": 2}, 8),
+    ("mamba_hybrid", {"gradient_checkpointing": "full"}, 14), ("llama", {"optimizer": "muon"}, 8),
+])  # fmt: skip
+def test_blocks_that_repeat_are_counted_from_two_shallow_models(monkeypatch, preset, train, depth, between):
+    settings = settings_of(preset, train, n_layer=depth)
+    counted = []
+    whole = training_memory.counted_whole
+    monkeypatch.setattr(
+        training_memory, "counted_whole", lambda *given: counted.append(given[0].model.n_layer) or whole(*given)
+    )
+    found, every = training_memory.counted(settings, ALONE, between), whole(settings, ALONE, between)
+    assert len(counted) == 2 and max(counted) < depth
+    for what in ("weights", "gradients", "optimizer", "scratch", "communication"):
+        assert found[what] == pytest.approx(every[what], rel=1e-6), what
+    for what in ("activations", "peak"):
+        assert training_memory.highest(found, what) == pytest.approx(training_memory.highest(every, what), rel=0.01)
+
+
+def test_whole_gradients_between_micro_batches_are_counted():
+    train, place = {"use_fsdp": True, "gradient_accumulation_steps": 8}, Place(CPU, "float32", False, 0, 0, 4)
+    sharded, whole = (step_memory(settings_of(train={**train, "fsdp_accumulate": how}), place).kinds["gradients"]
+                      for how in ("sharded", "whole"))  # fmt: skip
+    assert whole == 4 * sharded == 4 * n_parameters(settings_of())
+
+
+def test_replicas_hold_as_many_shards_each():
+    settings = settings_of(train={"use_fsdp": True, "gradient_accumulation_steps": 4, "fsdp_replicas": 2})
+    memory = step_memory(settings, Place(CPU, "float32", False, 0, 0, 4, replicas=2))
+    assert memory.kinds["weights"] == 4 * n_parameters(settings) / 2
+
+
+def test_a_rank_gathers_its_own_experts_alone():
+    settings = settings_of("moe", {"use_fsdp": True, "gradient_accumulation_steps": 4})
+    model = ConfigurableGPT(settings.model)
+    experts = 4 * sum(block.ffn.experts.up.numel() + block.ffn.experts.down.numel() for block in model.blocks)
+    outside, blocks = training_memory.gathered_bytes(model, Place(CPU, "float32", False, 0, 0, 4, expert_parallel=4))
+    assert outside + sum(blocks) == 4 * n_parameters(settings) - experts * 3 / 4
 
 
 def test_a_step_of_too_many_operators_is_not_counted(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 
 import training_mesh
 import training_parallel as parallel
+import training_place
 from mixer_attention import MIXER_REGISTRY
 from model_builder import ConfigurableGPT
 from model_components import FFN_REGISTRY
@@ -28,7 +29,7 @@ from training_helpers import (
     torchrun,
     workshop,
 )
-from training_parallel import Place
+from training_place import Place
 from user_errors import UserError
 
 CPU = torch.device("cpu")
@@ -71,10 +72,11 @@ Padded.prepare = fail
 )
 
 STEPS = ("padded.py", "--n_layer=2", "--n_head=4", "--max_iters=10", "--batch_size=2", "--warmup_iters=2",
-         "--lr_decay_iters=10", "--eval_interval=1000")  # fmt: skip
+         "--lr_decay_iters=10", "--eval_interval=1000", "--sample_tokens=8")  # fmt: skip
 MOE = ("--ffn_type=moe", "--n_experts=4", "--n_shared_experts=1", "--load_balance_loss=0.1", "--router_bias_rate=0.01")
 KINDS = {
-    "transformer": ("--arch_preset=llama", "--n_kv_head=4", "--bias=True", "--weight_tying=True"),
+    "transformer": ("--arch_preset=llama", "--n_kv_head=4", "--bias=True", "--weight_tying=True",
+                    "--gradient_checkpointing=products"),
     "moe": MOE,
     "mamba": ("--block_pattern=mamba",),
     "lstm": ("--block_pattern=lstm",),
@@ -117,6 +119,8 @@ def assert_equal(ranks, kind, mode, monkeypatch, named):
     # Muon multiplies in bfloat16, and shared heads stand in another order
     assert_same_training(together, alone, steps_of(kind), atol=1e-3 if kind == "muon" else 1e-5)
     assert read_json(together / "config.json")["resolved"]["parallel"] == named
+    texts = [(folder / "sample.txt").read_text(encoding="utf-8") for folder in (together, alone)]
+    assert kind == "muon" or texts[0] == texts[1] != "\n"
     for one, other in zip(rows(together, "train"), rows(alone, "train"), strict=True):
         assert one.keys() == other.keys()
         for column in {"gradient_norms", "weight_norms"} & one.keys():
@@ -129,7 +133,7 @@ TWO = {
     "TP 2": (("--tensor_parallel=2",), (*ARCHITECTURES, "norms")),
     "FSDP2, TP 2": (("--tensor_parallel=2", FSDP), ("transformer",)),
     "FSDP2, EP 2": (("--expert_parallel=2", FSDP), ("norms",)),
-    "HSDP 2": (("--fsdp_replicas=2", FSDP), ("transformer",)),
+    "HSDP 2": (("--fsdp_replicas=2", FSDP), ("transformer", "norms")),
 }
 CASES_OF_TWO = [(kind, mode) for mode, (_, kinds) in TWO.items() for kind in kinds]
 REFUSED = {
@@ -162,10 +166,11 @@ def two(book, tmp_path_factory):
     commands += [
         ranks.command("transformer", "--tensor_parallel=2", "--max_iters=5", name="halved"),
         [f"--runs_dir={shop.runs}", "--init_from=resume", "--run_name=halved", "--max_iters=10"],
-        ranks.command("moe", "--expert_parallel=2", FSDP, "--max_iters=5", "--sample_tokens=8", name="halved moe"),
+        ranks.command("moe", "--expert_parallel=2", FSDP, "--max_iters=5", name="halved moe"),
         [f"--runs_dir={shop.runs}", "--init_from=resume", "--run_name=halved moe", "--max_iters=10", "--use_fsdp=False",
-         "--expert_parallel=1", "--tensor_parallel=2", "--sample_tokens=8"],
+         "--expert_parallel=1", "--tensor_parallel=2"],
         ranks.command("transformer", "--fsdp_cpu_offload=True", FSDP, name="offloaded"),
+        ranks.command("norms", "--fsdp_accumulate=whole", FSDP, name="whole gradients"),
         *([*shop.data, f"--runs_dir={shop.runs}", *settings.split()] for settings in REFUSED),
     ]  # fmt: skip
     ranks.launch(commands)
@@ -185,8 +190,8 @@ def test_a_split_run_goes_on_and_in_another_mode(two, workshop, monkeypatch):
 
 
 @pytest.mark.slow
-def test_rank_0_writes_a_sample_of_a_split_model(two):
-    assert (two.shop.runs / "halved moe" / "sample.txt").read_text(encoding="utf-8")
+def test_whole_gradients_sent_once_are_those_of_each_micro_batch(two, workshop, monkeypatch):
+    assert_same_training(two.shop.runs / "whole gradients", two.of_one_process("norms", monkeypatch))
 
 
 @pytest.mark.slow
@@ -405,24 +410,26 @@ def test_processes_that_cannot_be_shared_out_are_refused(settings, n, sentence):
     config = TrainConfig(**settings)
     sizes = {"replicas": config.fsdp_replicas, "tensor_parallel": config.tensor_parallel}
     with pytest.raises(UserError) as error:
-        parallel.check_world(config, place_of(n, **sizes, expert_parallel=config.expert_parallel))
+        training_place.check_world(config, place_of(n, **sizes, expert_parallel=config.expert_parallel))
     assert str(error.value) == sentence
 
 
 def test_ranks_with_other_code_are_told_apart():
     mine = {"code": "abc", "torch": "2.13", "seed": 1}
-    assert parallel.difference([mine, mine, {**mine, "code": "abd"}]).startswith(
+    assert training_place.difference([mine, mine, {**mine, "code": "abd"}]).startswith(
         "rank 2 runs with code='abd' and rank 0 with code='abc'; start every rank from the same files"
     )
-    assert "with seed=None and rank 0 with seed=1" in parallel.difference([mine, {"code": "abc", "torch": "2.13"}])
+    assert "with seed=None and rank 0 with seed=1" in training_place.difference(
+        [mine, {"code": "abc", "torch": "2.13"}]
+    )
 
 
 def test_the_code_is_every_file_beside_the_scripts(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     (tmp_path / "train.py").write_text("1", encoding="utf-8")
-    monkeypatch.setattr(parallel, "__file__", str(tmp_path / "training_parallel.py"))
-    before = parallel.code_hash()
+    monkeypatch.setattr(training_place, "__file__", str(tmp_path / "training_place.py"))
+    before = training_place.code_hash()
     (tmp_path / "notes.md").write_text("no code", encoding="utf-8")
-    assert parallel.code_hash() == before
+    assert training_place.code_hash() == before
     (tmp_path / "kernels" / "grouped.py").write_text("2", encoding="utf-8")
-    assert parallel.code_hash() != before
+    assert training_place.code_hash() != before

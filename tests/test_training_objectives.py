@@ -23,7 +23,7 @@ from training_objectives import (
     supervised_tokens,
     validation_scores,
 )
-from training_parallel import Place
+from training_place import Place
 from user_errors import UserError
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

@@ -7,9 +7,14 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import training_parallel as parallel
+import training_place
+import training_ranks
+import training_recompute
+from configurator import Settings
 from mixer_attention import MIXER_REGISTRY
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
@@ -30,8 +35,9 @@ from training_helpers import (
     workshop,
     write_games,
 )
+from training_memory import step_memory
 from training_objectives import OBJECTIVE_REGISTRY
-from training_parallel import Place, find_place
+from training_place import Place, find_place
 from user_errors import UserError
 
 CPU = torch.device("cpu")
@@ -169,10 +175,10 @@ def test_one_process_goes_on_with_what_two_ranks_saved(ranks, workshop):
 # ---- modes: what is sharded ------------------------------------------------------------------------------------------
 
 KINDS = {
-    "transformer": ("--weight_tying=True", "--dropout=0.0"),
-    "moe": (*MOE, "--n_shared_experts=1"),
-    "mamba": ("--block_pattern=mamba",),
-    "lstm": ("--block_pattern=lstm",),
+    "transformer": ("--weight_tying=True", "--dropout=0.0", "--sample_tokens=20"),
+    "moe": (*MOE, "--n_shared_experts=1", "--sample_tokens=20"),
+    "mamba": ("--block_pattern=mamba", "--sample_tokens=20"),
+    "lstm": ("--block_pattern=lstm", "--sample_tokens=20"),
     "muon": ("--optimizer=muon",),
     "games": (*GAMES, "--dropout=0.0"),
     "clipped": (*MOE, "--grad_clip=0.05", "--gradient_checkpointing=full", "--layer_stats_interval=2"),
@@ -207,7 +213,13 @@ def modes(book, tmp_path_factory):
     commands += [shop.command(*STEPS, *mode, *HALF, name=f"half {name}") for name, mode in MODES.items()]
     commands += [
         shop.command(
-            *STEPS, "--use_fsdp=True", "--fsdp_reshard_after_forward=False", "--sample_tokens=20", name="kept"
+            *STEPS,
+            "--use_fsdp=True",
+            "--fsdp_reshard_after_forward=False",
+            "--dropout=0.0",
+            "--weight_tying=True",
+            "--sample_tokens=20",
+            name="kept",
         ),
         shop.command(*STEPS, "--use_fsdp=True", "--fsdp_dtype=bfloat16", name="rounded"),
         shop.command("--use_fsdp=True", "--use_zero1=True", name="both"),
@@ -220,7 +232,7 @@ def modes(book, tmp_path_factory):
     for name in ("FSDP2", "ZeRO-1"):
         shop.run(*STEPS, "--max_iters=3", name=f"1 to 2 {name}")  # one process, then two
         commands.append([*resume, f"--run_name=1 to 2 {name}", "--max_iters=7", *MODES[name]])
-    return shop, launch(shop, commands)
+    return shop, launch(shop, commands, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -288,9 +300,17 @@ def test_an_overflow_is_skipped_alike_in_every_mode(modes):
         assert one["final_val_loss"] == pytest.approx(found[0]["final_val_loss"], abs=2e-2)
 
 
-def test_weights_kept_after_forward_train_the_same_and_rank_0_can_write(modes, alone):
+def test_weights_kept_after_forward_train_the_same(modes, alone):
     assert_same_training(modes[0].runs / "kept", alone("transformer"))
-    assert (modes[0].runs / "kept" / "sample.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["transformer", "moe", "mamba", "lstm", "kept"])
+@pytest.mark.parametrize("mode", MODES)
+def test_all_ranks_write_the_text_that_one_process_does(modes, alone, kind, mode):
+    together = modes[0].runs / ("kept" if kind == "kept" else f"{kind} {mode}")
+    one = alone("transformer" if kind == "kept" else kind)
+    texts = [(folder / "sample.txt").read_text(encoding="utf-8") for folder in (together, one)]
+    assert texts[0] == texts[1] and len(texts[0]) > 20
 
 
 def test_rounded_weights_train_nearly_the_same(modes, alone):
@@ -338,7 +358,7 @@ def gradients_and_counts(config, way, is_fast):
     if is_fast:
         kernels.choose(model, CPU, "auto", torch.float32)
     train_config = TrainConfig(gradient_checkpointing=way)
-    parallel.checkpoint_activations(model, train_config)
+    training_recompute.checkpoint_activations(model, train_config)
     objective = OBJECTIVE_REGISTRY["causal_lm"](model, train_config)
     tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(3)
@@ -349,7 +369,7 @@ def gradients_and_counts(config, way, is_fast):
 
 
 @pytest.mark.parametrize("part", [*sorted(MIXER_REGISTRY), *MIXTURES])
-@pytest.mark.parametrize("way", ["full", "selective"])
+@pytest.mark.parametrize("way", ["full", "selective", "products"])
 @pytest.mark.parametrize("is_fast", [False, True], ids=["plain", "fast"])
 def test_recomputing_activations_changes_no_number(part, way, is_fast):
     shape = dict(n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=16, dropout=0.2)
@@ -364,22 +384,72 @@ def test_recomputing_activations_changes_no_number(part, way, is_fast):
     torch.testing.assert_close(again, kept, rtol=1e-6, atol=1e-6)
 
 
+def n_products(way):
+    """Matrix products of forward and backward of two blocks."""
+    model = ConfigurableGPT(ModelArchitectureConfig.from_preset("llama", n_layer=2, n_embd=16, n_head=2, vocab_size=64))
+    training_recompute.checkpoint_activations(model, TrainConfig(gradient_checkpointing=way))
+
+    class Counter(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.found += operator in training_recompute.PRODUCTS
+            return operator(*args, **(kwargs or {}))
+
+    with Counter() as counter:
+        model(torch.zeros(1, 8, dtype=torch.int64))[0].sum().backward()
+    return counter.found
+
+
+def test_products_that_are_kept_are_not_computed_again():
+    assert n_products("products") == n_products("none") < n_products("full")
+
+
+def test_products_are_kept_with_less_memory_than_every_second_block():
+    config = ModelArchitectureConfig.from_preset("llama", n_layer=4, n_embd=64, n_head=2, vocab_size=64, block_size=64)
+
+    def held(way):
+        train = TrainConfig(gradient_checkpointing=way, kernel_backend="plain")
+        return step_memory(Settings(config, train, [], {}), Place(CPU, "float32", tf32=False)).kinds["activations"]
+
+    assert held("full") < held("products") < held("selective") < held("none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["attention", "gru"])
+def test_products_are_kept_where_blocks_are_compiled(monkeypatch, pattern):
+    config = ModelArchitectureConfig(
+        n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=16, block_pattern=pattern
+    )  # fmt: skip
+    expected, _ = gradients_and_counts(config, "none", False)
+    checkpointed = training_recompute.checkpoint_activations
+
+    def then_compiled(model, train):
+        checkpointed(model, train)
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+
+    monkeypatch.setattr(training_recompute, "checkpoint_activations", then_compiled)
+    found, _ = gradients_and_counts(config, "products", False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_that_recomputes_logs_the_same(workshop):
     settings = (*MOE, "--n_layer=2", "--dropout=0.2", "--gradient_accumulation_steps=2")
     plain, again = workshop.run(*settings), workshop.run(*settings, "--gradient_checkpointing=full")
     assert_same_run(plain, again, 8)
 
 
-@pytest.mark.parametrize("way, which", [("none", ""), ("full", "abcd"), ("selective", "bd")])
+@pytest.mark.parametrize("way, which", [("none", ""), ("full", "abcd"), ("selective", "bd"), ("products", "")])
 def test_which_blocks_are_computed_again(way, which):
-    assert parallel.recomputed("abcd", TrainConfig(gradient_checkpointing=way)) == which
+    assert training_recompute.recomputed("abcd", TrainConfig(gradient_checkpointing=way)) == which
 
 
-@pytest.mark.parametrize("way, most", [("full", 0.35), ("selective", 0.7)])
+@pytest.mark.parametrize("way, most", [("full", 0.35), ("selective", 0.7), ("products", 0.8)])
 def test_less_is_kept_between_forward_and_backward(way, most):
     def kept(gradient_checkpointing):
         model = ConfigurableGPT(ModelArchitectureConfig(n_layer=4, n_embd=32, n_head=2, vocab_size=64, block_size=64))
-        parallel.checkpoint_activations(model, TrainConfig(gradient_checkpointing=gradient_checkpointing))
+        training_recompute.checkpoint_activations(model, TrainConfig(gradient_checkpointing=gradient_checkpointing))
         found, weights = [], {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
         def keep(tensor):
@@ -411,7 +481,7 @@ def test_alone_on_a_cpu(monkeypatch):
 def test_auto_takes_the_best_that_is_there(monkeypatch, cuda, mps, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert parallel._device("auto", None) == torch.device(device)
+    assert training_place._device("auto", None) == torch.device(device)
 
 
 @pytest.mark.parametrize("device, words", [
@@ -433,10 +503,10 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, device, words):
 def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert parallel._device("cuda:1", None) == torch.device("cuda", 1)
-    assert parallel._device("cuda", 1) == torch.device("cuda", 1)  # a rank takes the GPU of its number
+    assert training_place._device("cuda:1", None) == torch.device("cuda", 1)
+    assert training_place._device("cuda", 1) == torch.device("cuda", 1)  # a rank takes the GPU of its number
     with pytest.raises(UserError, match=r"device='cuda:5' does not exist: torch sees 2 GPU"):
-        parallel._device("cuda:5", None)
+        training_place._device("cuda:5", None)
 
 
 @pytest.mark.parametrize(
@@ -444,8 +514,8 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
 )
 def test_on_cuda_auto_is_the_half_precision_that_the_gpu_has(monkeypatch, dtype, supported, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
-    assert parallel._dtype(dtype, torch.device("cuda", 0)) == chosen
-    assert parallel._dtype(dtype, CPU) == "float32"
+    assert training_place._dtype(dtype, torch.device("cuda", 0)) == chosen
+    assert training_place._dtype(dtype, CPU) == "float32"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -543,7 +613,7 @@ def test_blocks_are_compiled_in_their_places_and_put_back_where_that_fails(monke
     place = Place(CPU, "float32", tf32=False)
     monkeypatch.setattr(torch, "compile", compiler)
     assert parallel.compile_module(objective, batch, place, by_block=True) == (objective, "on")
-    assert called == [*objective.model.blocks]
+    assert called == [objective.model.blocks[0]]  # of one kind
     monkeypatch.setattr(torch, "compile", breaks_when_called)
     module, happened = parallel.compile_module(objective, batch, place, by_block=True)
     assert module is objective and happened.startswith("off: torch.compile failed (Dynamo is not supported here)")
@@ -565,15 +635,15 @@ def test_a_truly_compiled_run_learns_the_same(workshop):
 def test_alone_the_sums_over_ranks_are_ones_own():
     place = Place(CPU, "float32", tf32=False)
     tensor = torch.tensor([1.0, 2.0])
-    assert parallel.sum_over_ranks(tensor, place) is tensor
-    assert parallel.gather("mine", place) == ["mine"]
-    assert parallel.any_rank(None, place) is False and parallel.any_rank(15, place) is True
-    floats = parallel.to_host([torch.tensor(1), torch.tensor(2.5), torch.tensor(math.inf)], place)
+    assert training_ranks.sum_over_ranks(tensor, place) is tensor
+    assert training_ranks.gather("mine", place) == ["mine"]
+    assert training_ranks.any_rank(None, place) is False and training_ranks.any_rank(15, place) is True
+    floats = training_ranks.to_host([torch.tensor(1), torch.tensor(2.5), torch.tensor(math.inf)], place)
     assert floats == [1.0, 2.5, math.inf]
     module = torch.nn.Linear(2, 2)
     assert parallel.wrap(module, module, place, TrainConfig()) is module
-    with parallel.gradient_sync(module, is_last=False):
+    with parallel.gradient_sync(module, False, TrainConfig()):
         pass
-    with parallel.joined(place):
+    with training_place.joined(place):
         pass
-    assert_same(parallel.peak_memory_bytes(place) > 2**20, True)
+    assert_same(training_place.peak_memory_bytes(place) > 2**20, True)

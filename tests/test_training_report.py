@@ -12,7 +12,7 @@ from configurator import Settings
 from model_builder import ConfigurableGPT
 from model_flops import HardwarePeak, flops_per_token
 from training_config import TrainConfig
-from training_parallel import Place
+from training_place import Place
 from training_report import architecture_tree, human_bytes, human_count, human_seconds, startup_report
 
 

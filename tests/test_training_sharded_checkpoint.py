@@ -36,7 +36,7 @@ from training_helpers import (
     workshop,
 )
 from training_optim import OPTIMIZER_REGISTRY
-from training_parallel import Place
+from training_place import Place
 from user_errors import UserError
 
 ALONE = Place(torch.device("cpu"), "float32", tf32=False)
@@ -273,15 +273,6 @@ def test_shards_with_the_heads_of_an_objective_fill_a_model_without(tmp_path, ti
     assert all(torch.equal(tensor, with_heads.state_dict()[name]) for name, tensor in bare.state_dict().items())
 
 
-def test_split_rows_neither_write_nor_read_shards(tmp_path, model):
-    with pytest.raises(UserError, match=r"^checkpoint_format=sharded cannot hold .* tensor_parallel=2 keeps rows"):
-        TrainConfig(checkpoint_format="sharded", tensor_parallel=2)
-    save(tmp_path, model)
-    split = Place(torch.device("cpu"), "float32", tf32=False, tensor_parallel=2)
-    with pytest.raises(UserError, match=r"^tensor_parallel=2 cannot read the shards of .*convert_checkpoint\.py"):
-        checkpoint.taken_up(tmp_path, None, model, split)
-
-
 def test_what_is_no_sharded_checkpoint_is_not_converted(workshop, made):
     folder = made / "plain"
     for argument in (folder, folder / "checkpoint-8", folder / "checkpoint-9"):
@@ -291,8 +282,23 @@ def test_what_is_no_sharded_checkpoint_is_not_converted(workshop, made):
 
 # ---- several ranks --------------------------------------------------------------------------------------------------
 
-PARTS = {"FSDP2": ("DDP", ()), "ZeRO-1": ("FSDP2", MOE), "DDP": ("ZeRO-1", ("--optimizer=muon",))}
-OFF = {"FSDP2": ("--use_fsdp=False",), "ZeRO-1": ("--use_zero1=False",), "DDP": ()}
+TP, EP = ("--tensor_parallel=2",), ("--use_fsdp=True", "--expert_parallel=2")
+LLAMA = ("--arch_preset=llama", "--n_head=4", "--n_kv_head=2", "--bias=True")
+PARTS = {  # what trains to step 5: (its settings, the mode in which it goes on, that mode's settings, of the model)
+    "FSDP2": (MODES["FSDP2"], "DDP", (), ()),
+    "ZeRO-1": (MODES["ZeRO-1"], "FSDP2", MODES["FSDP2"], MOE),
+    "DDP": ((), "ZeRO-1", MODES["ZeRO-1"], ("--optimizer=muon",)),
+    "TP 2": (
+        TP,
+        "FSDP2",
+        MODES["FSDP2"],
+        LLAMA,
+    ),  # ranks hold rows in an order of theirs
+    "FSDP2 before": (MODES["FSDP2"], "TP 2", TP, LLAMA),
+    "TP 2 before": (TP, "FSDP2, TP 2", (*TP, *MODES["FSDP2"]), LLAMA),
+    "EP 2": (EP, "TP 2", TP, MOE),
+}
+OFF = ("--use_fsdp=False", "--use_zero1=False", "--tensor_parallel=1", "--expert_parallel=1")
 
 
 @pytest.fixture(scope="module")
@@ -300,27 +306,26 @@ def ranks(book, tmp_path_factory):
     """The Workshop in which two ranks trained in each mode to step 5 and in another to step 8."""
     shop = Workshop(tmp_path_factory.mktemp("shards"), book)
     commands, resume = [], (f"--runs_dir={shop.runs}", "--init_from=resume")
-    for before, (after, settings) in PARTS.items():
+    for name, (before, _, after, model) in PARTS.items():
         commands += [
-            shop.command(*STEPS, *settings, *MODES[before], SHARDED, "--max_iters=5", name=before),
-            [*resume, f"--run_name={before}", "--max_iters=8", *OFF[before], *MODES[after]],
+            shop.command(*STEPS, *model, *before, SHARDED, "--max_iters=5", name=name),
+            [*resume, f"--run_name={name}", "--max_iters=8", *OFF, *after],
         ]
     shop.run("--max_iters=1")
     launch(shop, commands)
     return shop
 
 
-@pytest.mark.parametrize("mode", PARTS)
-def test_two_ranks_go_on_in_another_mode_and_one_after_them(ranks, workshop, mode):
-    after, settings = PARTS[mode]
-    folder = ranks.runs / mode
+@pytest.mark.parametrize("name", PARTS)
+def test_two_ranks_go_on_in_another_mode_and_one_after_them(ranks, workshop, name):
+    (_, after, _, model), folder = PARTS[name], ranks.runs / name
     assert {path.name for path in (folder / "checkpoint-5" / "shards").iterdir()} == {
         ".metadata", "__0_0.distcp", "__1_0.distcp",
     }  # fmt: skip
     assert read_json(folder / "config.json")["resolved"]["parallel"] == after
-    workshop.resume(folder, "--max_iters=10", *OFF[after], "--checkpoint_format=unsharded")
-    alone = workshop.run(*STEPS, *settings)
-    assert_same_training(folder, alone, atol=1e-3 if mode == "DDP" else 1e-5)  # Muon multiplies in bfloat16
-    for name, tensor in weights(folder, 10).items():
-        if mode != "DDP":
-            torch.testing.assert_close(tensor, weights(alone, 10)[name], rtol=0, atol=1e-6)
+    workshop.resume(folder, "--max_iters=10", *OFF, "--checkpoint_format=unsharded")
+    alone = workshop.run(*STEPS, *model)
+    assert_same_training(folder, alone, atol=1e-3 if name == "DDP" else 1e-5)  # Muon multiplies in bfloat16
+    for tensor_name, tensor in weights(folder, 10).items():
+        if name != "DDP":
+            torch.testing.assert_close(tensor, weights(alone, 10)[tensor_name], rtol=0, atol=1e-5)
