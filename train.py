@@ -33,11 +33,14 @@ import training_checkpoint as checkpoint  # noqa: E402
 import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
 import training_plan as plan_ahead  # noqa: E402
-from model_builder import ConfigurableGPT, notes, parameter_plan  # noqa: E402
+import training_run_record as run_record  # noqa: E402
+from model_builder import ConfigurableGPT, parameter_plan  # noqa: E402
+from model_checks import notes  # noqa: E402
+from model_config import IGNORE_INDEX  # noqa: E402
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
 from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
 from training_ledger import Ledger, StepMeter  # noqa: E402
-from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, added, validation_scores  # noqa: E402
+from training_objectives import OBJECTIVE_REGISTRY, added, validation_scores  # noqa: E402
 from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
 from training_report import startup_report  # noqa: E402
 from user_errors import UserError, exit_on_user_error  # noqa: E402
@@ -142,7 +145,7 @@ def train(arguments, closing):
         if is_begun:
             checkpoint.set_aside(folder, ledger.step)
             logging.rewind_metrics(folder, ledger.step)
-        record = logging.config_record(settings, folder.name, model, flops, dataset, validation, resolved, arguments)
+        record = run_record.config_record(settings, folder.name, model, flops, dataset, validation, resolved, arguments)
         record["initial_weights"] = first_weights.record
         log = logging.RunLogger(folder, settings, record, dataset, total_steps, is_begun)
 
@@ -165,7 +168,7 @@ def train(arguments, closing):
             "ledger": ledger.state(), "scaler": scaler.state_dict(), "stream": stream.initial_hash,
             "random_states": parallel.gather(checkpoint.random_state(place.device), place)[:: place.tensor_parallel],
         }  # fmt: skip
-        metadata = logging.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
+        metadata = run_record.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
         writer.save(model, optimizers, state, metadata, prune)
 
     def prune():

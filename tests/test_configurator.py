@@ -22,7 +22,8 @@ from configurator import (
     setting_types,
     with_vocabulary,
 )
-from model_builder import ConfigurableGPT, unused_options
+from model_builder import ConfigurableGPT
+from model_checks import unused_options
 from model_components import FFN_REGISTRY, NORM_REGISTRY
 from model_config import ModelArchitectureConfig
 from registry import Registry, registered_options

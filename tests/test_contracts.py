@@ -12,13 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixer_attention import MIXER_REGISTRY
-from model_builder import ConfigurableGPT, ResidualScale, initialise, on_meta, parameter_plan
+from model_builder import ConfigurableGPT, initialise, on_meta, parameter_plan
 from model_components import (
     ACTIVATION_REGISTRY,
     FFN_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
     Norm,
+    ResidualScale,
 )
 from model_config import PRESETS, ModelArchitectureConfig
 from model_flops import active_parameters, flops_per_token, parameters_by_group, state_bytes

@@ -537,7 +537,7 @@ def test_a_run_says_logs_and_keeps_what_a_mixture_is(workshop):
 
 
 def test_a_row_of_scalars_for_tensorboard(moe):
-    from training_logger import _scalars
+    from training_sinks import _scalars
 
     row = {"kind": "train", "step": 1, "tokens_processed": 2, "loss": 3.0, "expert_load": {"blocks.0.ffn": [0.5, 0.5]},
            "expert_max_load": {"blocks.0.ffn": 1.0}}  # fmt: skip

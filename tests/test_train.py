@@ -547,13 +547,13 @@ def test_names_made_here_get_a_suffix(workshop):
 
 
 def test_a_name_taken_meanwhile_is_noticed(workshop, monkeypatch):
-    original = train.logging.config_record
+    original = train.run_record.config_record
 
     def record(*arguments):
         (workshop.runs / "raced").mkdir(parents=True)  # another process, between the check and the making
         return original(*arguments)
 
-    monkeypatch.setattr(train.logging, "config_record", record)
+    monkeypatch.setattr(train.run_record, "config_record", record)
     assert "made by another process" in workshop.refused(*workshop.command(name="raced"))
     assert list((workshop.runs / "raced").iterdir()) == []
 

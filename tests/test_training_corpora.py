@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 import training_corpora
+import training_corpora_hub
 import training_text_files
-from training_corpora import CORPUS_REGISTRY, END_OF_STORY
+from training_corpora import CORPUS_REGISTRY
+from training_corpora_hub import END_OF_STORY
 from user_errors import UserError
 
 
@@ -299,7 +301,7 @@ def hub(monkeypatch):
             Hub.asked.append((path, config, split, streaming, revision))
             return HubRows([f"{split} {i}" for i in range(6000)], Hub.breaks)
 
-    monkeypatch.setattr(training_corpora.time, "sleep", Hub.waited.append)
+    monkeypatch.setattr(training_corpora_hub.time, "sleep", Hub.waited.append)
     monkeypatch.setitem(sys.modules, "datasets", Hub)
     return Hub
 
@@ -315,7 +317,7 @@ def test_pages_are_streamed_and_about_one_in_two_thousand_validates(name, config
 
 def test_a_page_validates_by_its_text_alone():
     texts = [f"page {i} é\ud800" for i in range(40_000)]
-    chosen = [text for text in texts if training_corpora.is_one_in(20, text)]
+    chosen = [text for text in texts if training_corpora_hub.is_one_in(20, text)]
     assert abs(len(chosen) - 2000) < 5 * math.sqrt(2000 * 19 / 20)  # binomial, five sigma
     assert chosen[:2] == ["page 22 é\ud800", "page 24 é\ud800"]  # frozen: another choice is another dataset
 
@@ -332,7 +334,7 @@ def test_a_stream_that_stays_broken_costs_one_sentence(hub):
     seen = []
     with pytest.raises(UserError, match=r"ConnectionError: Server Disconnected.*--input=FILE"):
         seen.extend(CORPUS_REGISTRY["openwebtext"]().documents())
-    assert len(seen) == 3000 and hub.waited == list(training_corpora.RETRY_SECONDS)
+    assert len(seen) == 3000 and hub.waited == list(training_corpora_hub.RETRY_SECONDS)
 
 
 def test_a_stream_that_does_not_begin_is_not_waited_for(hub):
@@ -349,7 +351,7 @@ def test_another_version_of_datasets_skips_rows(hub):
 
 
 def test_the_source_is_held_to_one_revision(hub, monkeypatch):
-    monkeypatch.setattr(training_corpora, "latest_revision", lambda path, revision: f"{path} at {revision}")
+    monkeypatch.setattr(training_corpora_hub, "latest_revision", lambda path, revision: f"{path} at {revision}")
     corpus = CORPUS_REGISTRY["openwebtext"]()
     assert corpus.pin() == "Skylion007/openwebtext at refs/convert/parquet"
     next(corpus.documents())
@@ -493,7 +495,7 @@ def real_rows(tmp_path, monkeypatch):
         return load_dataset("parquet", data_files={"train": files}, split=split, streaming=True, cache_dir=tmp_path)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(training_corpora.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(training_corpora_hub.time, "sleep", lambda seconds: None)
     return texts
 
 

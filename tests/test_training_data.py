@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import training_prepare
-from training_corpora import Corpus
+from model_config import IGNORE_INDEX
+from training_corpora_base import Corpus
 from training_data import (
-    IGNORE_INDEX,
     BatchStream,
     Dataset,
     Prefetcher,

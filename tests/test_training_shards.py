@@ -493,8 +493,8 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(tmp_path):
 
 @pytest.fixture
 def hub_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr("training_corpora.latest_revision", lambda path, revision: "f3808c3")
-    monkeypatch.setattr("training_corpora.HubCorpus.val_one_in", 10)
+    monkeypatch.setattr("training_corpora_hub.latest_revision", lambda path, revision: "f3808c3")
+    monkeypatch.setattr("training_corpora_hub.HubCorpus.val_one_in", 10)
     return settings(tmp_path, dataset="openwebtext", tokenizer="byte", shard_tokens=1024)
 
 
@@ -523,9 +523,9 @@ def test_the_revision_it_was_begun_with_holds(hub_settings, monkeypatch):
             return HubRows([f"page {i} of some length" for i in range(200)], Hub.breaks)
 
     monkeypatch.setitem(sys.modules, "datasets", Hub)
-    monkeypatch.setattr("training_corpora.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("training_corpora_hub.time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match="Server Disconnected"):
         prepare(hub_settings, 1, 100, quiet=True)
-    monkeypatch.setattr("training_corpora.latest_revision", lambda path, revision: "a later one")
+    monkeypatch.setattr("training_corpora_hub.latest_revision", lambda path, revision: "a later one")
     folder = prepare(hub_settings, 1, 100, quiet=True)
     assert set(asked) == {"f3808c3"} and read_meta(folder)["revision"] == "f3808c3"
