@@ -110,19 +110,21 @@ def initialise(model, seed):
             parameter = parameters[spec.name]
             if parameter.is_meta or spec.init == "own":
                 continue
-            std = model.config.init_std
-            if spec.init == "residual":
-                std /= math.sqrt(model.config.n_branches())
-            if spec.init in ("zeros", "ones"):
-                parameter.fill_(float(spec.init == "ones"))
-            else:
-                values = torch.empty(spec.shape, device="cpu").normal_(0.0, std, generator=seeded(seed, spec.name))
-                parameter.copy_(values)
+            parameter.copy_(initial_value(spec, model.config, seed))
         tensors = {**parameters, **dict(model.named_buffers())}
         for path, module in model.named_modules():
             own = [tensors.get(f"{path}.{name}" if path else name) for name in getattr(module, "own_init", ())]
             if any(tensor is not None and not tensor.is_meta for tensor in own):
                 module.init_own_parameters(seeded(seed, path))
+
+
+def initial_value(spec, config, seed):
+    """The first value of a parameter that no part fills itself, whole and on the CPU, where its generator is."""
+    value = torch.empty(spec.shape, device="cpu")
+    if spec.init in ("zeros", "ones"):
+        return value.fill_(float(spec.init == "ones"))
+    std = config.init_std / (math.sqrt(config.n_branches()) if spec.init == "residual" else 1.0)
+    return value.normal_(0.0, std, generator=seeded(seed, spec.name))
 
 
 def seeded(seed, name):

@@ -52,3 +52,19 @@ class StubDataset:
 
 def counting(n):
     return StubDataset(np.arange(n, dtype=np.uint32))
+
+
+class Endless:
+    """2^40 tokens without a byte of memory: token i is i."""
+
+    def __len__(self):
+        return 2**40
+
+    def __getitem__(self, window):
+        return np.arange(window.start, window.stop)
+
+
+def flip_a_byte(path):
+    raw = bytearray(path.read_bytes())
+    raw[10] ^= 1
+    path.write_bytes(raw)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_helpers import OFFLINE_TOKENIZERS, StubDataset, book, counting, pages, with_tokenizer
+from data_helpers import OFFLINE_TOKENIZERS, Endless, StubDataset, book, counting, pages, with_tokenizer
 from model_config import IGNORE_INDEX
 from training_data import (
     BatchStream,
@@ -179,16 +179,6 @@ def test_the_hash_tells_data_block_and_seed_apart():
         BatchStream(counting(9000), 16, 6, seed=1),
     ]
     assert len({stream.hash_after(0) for stream in streams}) == 4
-
-
-class Endless:
-    """2^40 tokens without a byte of memory: token i is i."""
-
-    def __len__(self):
-        return 2**40
-
-    def __getitem__(self, window):
-        return np.arange(window.start, window.stop)
 
 
 def test_more_tokens_than_four_bytes_can_count():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import training_prepare
-from data_helpers import OFFLINE_TOKENIZERS, TEXT, book, pages, settings, with_tokenizer
+from data_helpers import OFFLINE_TOKENIZERS, TEXT, book, flip_a_byte, pages, settings, with_tokenizer
 from training_corpora_base import Corpus
 from training_data import (
     BatchStream,
@@ -164,12 +164,6 @@ def damage_meta(folder, text):
 
 def truncate(path, n_bytes):
     os.truncate(path, n_bytes)
-
-
-def flip_a_byte(path):
-    raw = bytearray(path.read_bytes())
-    raw[10] ^= 1
-    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import torch
 
 import training_prepare
 import training_shards
-from test_training_corpora import HubRows, real_rows, tables, write_lines  # noqa: F401 - two are fixtures
-from test_training_data import Endless, StubDataset, flip_a_byte, settings
+from corpora_helpers import HubRows, real_rows, tables, write_lines  # noqa: F401 - two are fixtures
+from data_helpers import Endless, StubDataset, flip_a_byte, settings
 from training_data import BatchStream, Dataset, ValidationSet, load_dataset
 from training_prepare import prepare, prepare_from_command_line, summary_of
 from training_shards import PROGRESS, open_locked
