@@ -58,7 +58,7 @@ def paths_given(arguments, about, what, usage):
     for flag in arguments:
         if flag.startswith("-"):
             raise UserError(f"{flag} is no {what}; see --help")
-    return [Path(argument) for argument in dict.fromkeys(arguments)]
+    return list(dict.fromkeys(map(Path, arguments)))
 
 
 SECONDS_FOR_RANK_0 = 10

@@ -44,7 +44,7 @@ MEASURED = {
 def book(tmp_path_factory):
     """A folder with book.txt, 5 kB of sentences from sixteen words, and data/ where it is prepared once.
 
-    Evaluations, which read its whole validation split, cost most of a tiny run: hence no longer a text.
+    Evaluations, which read its whole validation split, cost most of a tiny run: hence a short text.
     """
     folder, rng = tmp_path_factory.mktemp("book"), random.Random(1)
     words = SENTENCE.split()
@@ -251,7 +251,6 @@ join, part = dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda *where, **how: None if dist.is_initialized() else join(*where, **how)
 dist.destroy_process_group = lambda: None
 train.hardware_peak = lambda device, precision: HardwarePeak(1e11, "a number")
-training_report.step_memory = lambda settings, place: StepMemory({"weights": 1, "activations": 2}, 3, "a step")
 user_errors.SECONDS_FOR_RANK_0 = 0  # torchrun ends nobody here, whom it would where they wait to join
 
 
@@ -265,6 +264,8 @@ for command in json.load(open(sys.argv[1])):
         train.main([argument.replace("{rank}", os.environ["RANK"]) for argument in command])
     except SystemExit as stop:
         say(f"left with {stop.code}")
+    # The first command has counted its memory.
+    training_report.step_memory = lambda settings, place: StepMemory({"weights": 1, "activations": 2}, 3, "a step")
 part()
 if sys.platform == "linux":
     names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
