@@ -14,7 +14,7 @@ import training_parallel as parallel
 from mixer_attention import MIXER_REGISTRY
 from model_builder import ConfigurableGPT
 from model_components import FFN_REGISTRY
-from model_config import IGNORE_INDEX, ModelArchitectureConfig
+from model_config import ModelArchitectureConfig
 from training_config import TrainConfig
 from training_helpers import (
     ROOT,
@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 # An objective whose rows hold two documents and end early, each elsewhere: ranks supervise different numbers of tokens.
 PADDED = """
 import torch
+from model_config import IGNORE_INDEX
 from training_objectives import OBJECTIVE_REGISTRY, CausalLM
 
 @OBJECTIVE_REGISTRY("padded")
