@@ -32,8 +32,8 @@ from bench_parts import PARTS
 from bench_peers import find_peers
 from bench_record import aligned, number, ratio, save, slug, spread, times
 from model_flops import measured_peak
-from training_logger import git_state, versions
 from training_report import human_bytes, human_seconds
+from training_run_record import git_state, versions
 from user_errors import UserError, did_you_mean, exit_on_user_error
 
 DECODE_ROUNDS = 3  # timed; one before them is not

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model_builder import IGNORE_INDEX
+from model_config import IGNORE_INDEX
 from user_errors import UserError, did_you_mean
 
 

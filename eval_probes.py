@@ -19,10 +19,11 @@ from itertools import permutations
 
 import numpy as np
 
+from model_config import IGNORE_INDEX
 from registry import options_of
 from training_config import TrainConfig
 from training_corpora import PROBE_REGISTRY
-from training_data import IGNORE_INDEX, Dataset, TokenWindows, keys_of, scrambled
+from training_data import Dataset, TokenWindows, keys_of, scrambled
 from user_errors import UserError
 
 FORMAT = 1  # of the examples: a probe whose examples change takes another, and so another fingerprint

@@ -12,9 +12,9 @@ import torch
 
 from configurator import parse_value
 from eval_probes import Draws, Probe, make_probe
+from model_config import IGNORE_INDEX
 from registry import options_of
 from training_corpora import PROBE_REGISTRY
-from training_data import IGNORE_INDEX
 from user_errors import UserError
 
 BATCH_TOKENS = 2**13  # that a forward pass reads

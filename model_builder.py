@@ -8,10 +8,7 @@ Importing this module fills the registries. It is the only one that imports `mix
 """
 
 import contextlib
-import hashlib
 import importlib
-import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,24 +16,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mixer_attention import MIXER_REGISTRY, Mixer
+from model_checks import check_parts
 from model_components import (
-    ACTIVATION_REGISTRY,
     FFN_REGISTRY,
     NORM_REGISTRY,
     POSITION_ENCODING_REGISTRY,
-    Norm,
+    HeadTransform,
+    ResidualScale,
     WithFindings,
 )
-from model_config import GPT2_VOCAB_SIZE
-from registry import options_of
+from model_config import GPT2_VOCAB_SIZE, IGNORE_INDEX
+from model_parameters import initialise, parameter_plan  # noqa: F401  (the table is asked for here)
 from user_errors import UserError
 
 importlib.import_module("model_moe")  # registers itself
 # A new mixer_*.py registers itself by lying beside this file: adding a part edits no list.
 for _path in sorted(Path(__file__).parent.glob("mixer_*.py")):
     importlib.import_module(_path.stem)
-
-IGNORE_INDEX = -100  # a target that is not supervised
 
 
 class NotFiniteError(UserError):
@@ -208,43 +204,6 @@ def build_mixer(names, config, layer_index):
     """The mixer of one block: 'attention', or several side by side, 'mamba2+attention'."""
     mixers = [MIXER_REGISTRY[name](config, layer_index) for name in names.split("+")]
     return mixers[0] if len(mixers) == 1 else ParallelMixers(mixers)
-
-
-class ResidualScale(nn.Module):
-    """What a branch is multiplied by before it joins the stream: 1, 1 / sqrt(branches), or a learned gain per channel.
-
-    'depth' keeps the variance of the stream from growing with depth; 'learned' starts there (LayerScale, Touvron et
-    al. 2021).
-    """
-
-    own_init = ("gain",)
-    no_weight_decay = ("gain",)
-
-    def __init__(self, config):
-        super().__init__()
-        self.kind, self.value = config.residual_scaling, config.n_branches() ** -0.5
-        self.gain = nn.Parameter(torch.empty(config.n_embd)) if self.kind == "learned" else None
-
-    def init_own_parameters(self, generator):
-        self.gain.fill_(self.value)
-
-    def forward(self, y):
-        if self.kind == "none":
-            return y
-        return y * (self.value if self.kind == "depth" else self.gain)
-
-
-class HeadTransform(nn.Module):
-    """norm(activation(dense(x))) between the last block and the output head, as in BERT's released code. (..., C)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.dense = nn.Linear(config.n_embd, config.n_embd)
-        self.norm = NORM_REGISTRY[config.normalization](config.n_embd, config)
-        self.activation = ACTIVATION_REGISTRY[config.activation]
-
-    def forward(self, x):
-        return self.norm(self.activation(self.dense(x)))
 
 
 class ConfigurableGPT(nn.Module):
@@ -470,193 +429,6 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         past[:, 0] = False  # the likeliest token always stays
         probabilities = probabilities.scatter(-1, index, ordered.masked_fill(past, 0.0))
     return torch.multinomial(probabilities, 1, generator=generator)
-
-
-# ---- what goes together ---------------------------------------------------------------------------------------------
-
-
-def check_parts(config):
-    """Refuse parts that cannot honour each other, naming both settings; registry misses name the nearest."""
-    NORM_REGISTRY[config.normalization]
-    encoding = POSITION_ENCODING_REGISTRY[config.position_encoding]
-    mixers = {name: MIXER_REGISTRY[name] for name in config.mixers()}
-    for ffn in {ffn for _, ffn in config.blocks()} - {"none"}:
-        FFN_REGISTRY[ffn]
-    for name, mixer in mixers.items():
-        if not config.causal and not mixer.bidirectional:
-            raise UserError(
-                f"causal=False cannot be honoured by '{name}' in block_pattern='{config.block_pattern}', which reads "
-                "from left to right; use causal=True, or block_pattern='attention'"
-            )
-    if encoding.acts_in_attention and not any(config.position_encoding in m.positions for m in mixers.values()):
-        raise UserError(
-            f"position_encoding='{config.position_encoding}' acts inside attention and "
-            f"block_pattern='{config.block_pattern}' has none in n_layer={config.n_layer}; "
-            "use 'none' or 'learned_absolute'"
-        )
-
-    for name, value in unused_options(config).items():
-        readers = [mixer for mixer, part in MIXER_REGISTRY.items() if name in part.needed_options]
-        if readers and value:
-            raise UserError(
-                f"{name}={value} is read by '{readers[0]}' and block_pattern='{config.block_pattern}' has none in "
-                f"n_layer={config.n_layer}; drop it, or put '{readers[0]}' into the pattern"
-            )
-
-
-def chosen_parts(config):
-    """The classes whose options a model of this config reads: position encoding, mixers, FFNs."""
-    ffns = dict.fromkeys(ffn for _, ffn in config.blocks() if ffn != "none")
-    parts = [MIXER_REGISTRY[mixer] for mixer in config.mixers()] + [FFN_REGISTRY[ffn] for ffn in ffns]
-    return [POSITION_ENCODING_REGISTRY[config.position_encoding], *parts]
-
-
-def notes(config):
-    """Sentences on what a config says and a model of it does not do, for the startup report."""
-    found = [f"{name}={value!r} is read by no chosen part" for name, value in unused_options(config).items()]
-    left_out = [entry for entry in dict.fromkeys(config.pattern()) if entry not in config.blocks()]
-    if left_out:
-        names = ", ".join(mixer if ffn == config.ffn_type else f"{mixer}/{ffn}" for mixer, ffn in left_out)
-        found.append(f"n_layer={config.n_layer} is shorter than block_pattern, and leaves out {names}")
-    options = config.part_options
-    for window, mixer in (("sliding_window", "attention"), ("hybrid_local_window", "local_attention")):
-        if mixer in config.mixers():
-            width = getattr(config.options_for(MIXER_REGISTRY[mixer]), window)
-            if width >= config.block_size:
-                found.append(
-                    f"{window}={width} is no shorter than block_size={config.block_size}: nothing is out of sight"
-                )
-    for name, switch, idle in (("rope_scaling_factor", "rope_scaling", "none"), ("qk_norm_scope", "qk_norm", False)):
-        if name in options and options.get(switch, idle) == idle:
-            found.append(f"{name}={options[name]!r} does nothing at {switch}={idle!r}")
-    for name, stronger in (("queries_per_kv_head", "n_kv_head"), ("ffn_hidden", "expert_hidden")):
-        if options.get(name) is not None and options.get(stronger) is not None:
-            found.append(f"{stronger}={options[stronger]} takes the place of {name}={options[name]}")
-    return found
-
-
-def unused_options(config):
-    """{option: value} that the user set and no chosen part reads, for the startup report to mention."""
-    read = {name for part in chosen_parts(config) for name in options_of(part)}
-    return {name: value for name, value in config.part_options.items() if name not in read}
-
-
-# ---- the parameter plan ---------------------------------------------------------------------------------------------
-
-
-class DeclarationError(UserError, TypeError):
-    """A part, perhaps of the user's own, says too little or something untrue about its parameters."""
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """What is to happen to one parameter; initialisation and the optimizer read nothing else."""
-
-    name: str  # in model.named_parameters()
-    shape: tuple
-    group: str  # token embedding, position embedding, mixer, ffn, norm, head transform, head or heads: for the ledger
-    init: str  # normal, residual, zeros, ones, or own: the part does it
-    weight_decay: bool
-    is_matrix: bool  # a linear weight inside a block: what Muon takes (stacked ones go to AdamW)
-
-
-def parameter_plan(model):
-    """[ParameterSpec] for every parameter of `model`, from its structure and the declarations on its classes.
-
-    Call it before wrapping: names are those of the bare model.
-
-    Raises:
-        DeclarationError: a parameter that no rule covers, so that nothing is ever initialised by accident.
-    """
-    declared = _declarations(model)
-    plan = []
-    for name, parameter in model.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        init = _init_rule(owner, leaf, name, declared)
-        is_vector = parameter.dim() < 2 or name in declared["no_weight_decay"]
-        is_matrix = isinstance(owner, nn.Linear) and leaf == "weight" and "blocks" in path.split(".")
-        plan.append(
-            ParameterSpec(name, tuple(parameter.shape), _group(model, path, owner), init, not is_vector, is_matrix)
-        )
-    return plan
-
-
-def _declarations(model):
-    """{kind of declaration: full parameter names that some module declares}."""
-    declared = {"no_weight_decay": set(), "own_init": set(), "residual_out": set(), "linear_weights": set()}
-    for path, module in model.named_modules():
-        for kind, names in declared.items():
-            for name in getattr(module, kind, ()):
-                _require_parameter(module, name, kind)
-                names.add(f"{path}.{name}" if path else name)
-    return declared
-
-
-def _require_parameter(module, name, kind):
-    """Refuse a misspelt declaration, which would otherwise do nothing, silently."""
-    target = module
-    for word in name.split("."):
-        if not hasattr(target, word):
-            raise DeclarationError(f"{type(module).__name__}.{kind} names '{name}', which it does not have")
-        target = getattr(target, word)
-
-
-def _init_rule(owner, leaf, name, declared):
-    if name in declared["own_init"]:
-        return "own"
-    if name in declared["residual_out"]:
-        return "residual"
-    if isinstance(owner, Norm):
-        return "ones" if leaf == "weight" else "zeros"
-    if isinstance(owner, nn.Linear):
-        return "normal" if leaf == "weight" else "zeros"
-    if isinstance(owner, nn.Embedding) or name in declared["linear_weights"]:
-        return "normal"
-    raise DeclarationError(f"{type(owner).__name__}.{leaf} ({name}) has no initialisation: declare it in `own_init`")
-
-
-def _group(model, path, owner):
-    """Which line of the ledger a parameter belongs to."""
-    if isinstance(owner, (Norm, ResidualScale)):
-        return "norm"
-    words = path.split(".")
-    if words[0] == "blocks":
-        return words[2]  # blocks.3.mixer.qkv
-    return words[0].replace("_", " ")
-
-
-def initialise(model, seed):
-    """Tie the head and fill every parameter as the plan says. Tensors on the meta device are left alone."""
-    if model.config.weight_tying:  # here, because `to_empty` makes two tensors of a shared one
-        model.head.weight = model.token_embedding.weight
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for spec in parameter_plan(model):
-            parameter = parameters[spec.name]
-            if parameter.is_meta or spec.init == "own":
-                continue
-            parameter.copy_(initial_value(spec, model.config, seed))
-        tensors = {**parameters, **dict(model.named_buffers())}
-        for path, module in model.named_modules():
-            own = [tensors.get(f"{path}.{name}" if path else name) for name in getattr(module, "own_init", ())]
-            if any(tensor is not None and not tensor.is_meta for tensor in own):
-                module.init_own_parameters(seeded(seed, path))
-
-
-def initial_value(spec, config, seed):
-    """The first value of a parameter that no part fills itself, whole and on the CPU, where its generator is."""
-    value = torch.empty(spec.shape, device="cpu")
-    if spec.init in ("zeros", "ones"):
-        return value.fill_(float(spec.init == "ones"))
-    std = config.init_std / (math.sqrt(config.n_branches()) if spec.init == "residual" else 1.0)
-    return value.normal_(0.0, std, generator=seeded(seed, spec.name))
-
-
-def seeded(seed, name):
-    """A CPU generator that is a pure function of (seed, name), so that no weight depends on the order of building."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 @contextlib.contextmanager

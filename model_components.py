@@ -392,3 +392,40 @@ class GEGLU(GatedFFN):
     """GatedFFN with gelu."""
 
     gate_activation = staticmethod(F.gelu)
+
+
+class ResidualScale(nn.Module):
+    """What a branch is multiplied by before it joins the stream: 1, 1 / sqrt(branches), or a learned gain per channel.
+
+    'depth' keeps the variance of the stream from growing with depth; 'learned' starts there (LayerScale, Touvron et
+    al. 2021).
+    """
+
+    own_init = ("gain",)
+    no_weight_decay = ("gain",)
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind, self.value = config.residual_scaling, config.n_branches() ** -0.5
+        self.gain = nn.Parameter(torch.empty(config.n_embd)) if self.kind == "learned" else None
+
+    def init_own_parameters(self, generator):
+        self.gain.fill_(self.value)
+
+    def forward(self, y):
+        if self.kind == "none":
+            return y
+        return y * (self.value if self.kind == "depth" else self.gain)
+
+
+class HeadTransform(nn.Module):
+    """norm(activation(dense(x))) between the last block and the output head, as in BERT's released code. (..., C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.n_embd, config.n_embd)
+        self.norm = NORM_REGISTRY[config.normalization](config.n_embd, config)
+        self.activation = ACTIVATION_REGISTRY[config.activation]
+
+    def forward(self, x):
+        return self.norm(self.activation(self.dense(x)))

@@ -113,6 +113,7 @@ SIZES = {
 }
 
 GPT2_VOCAB_SIZE = 50257  # where no dataset says otherwise
+IGNORE_INDEX = -100  # a target that is not supervised, such as padding's
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 
 from kernels import cpu_linear
-from model_builder import ConfigurableGPT, ResidualScale, on_meta, parameter_plan
-from model_components import Norm
+from model_builder import ConfigurableGPT, on_meta, parameter_plan
+from model_components import Norm, ResidualScale
 
 CONVENTION = (
     "training = 3 x forward; attention without the causal half (PaLM); embedding lookups and recomputation not counted"

@@ -1,8 +1,8 @@
 """The classes of transformers that nanoArch's models can be imported from and exported to, one table each.
 
 Adding one: `rules` for every key of its configuration that decides a logit, `ignored` for the others, `weights` and
-`block_weights` for its parameters. `tests/test_model_interop.py` finds it, and fails on a key or parameter left out.
-Where several can hold a model, it is exported to the first.
+`block_weights` for its parameters. `tests/test_model_interop_classes.py` finds it, and fails on a key or parameter left
+out. Where several can hold a model, it is exported to the first.
 """
 
 import math

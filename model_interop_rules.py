@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model_builder import ConfigurableGPT, chosen_parts, on_meta
+from model_builder import ConfigurableGPT, on_meta
+from model_checks import chosen_parts
 from model_config import FIELDS
 from registry import Registry, registered_options
 from user_errors import UserError

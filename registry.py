@@ -11,6 +11,7 @@ A part may declare options of its own: an inner `class Options:` with typed defa
 settings (`--d_state=32`), so that adding a part edits no list anywhere.
 """
 
+import functools
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,12 @@ class PartOption:
     type: Any  # the annotation, or the type of the default where there is none
 
 
+@functools.cache  # asked for with every value on a command line
+def type_hints_of(declared):
+    """{name: type} of a class; a file may hold them as strings."""
+    return typing.get_type_hints(declared)
+
+
 def options_of(part, part_name="", of="model"):
     """{option: PartOption} that a part declares in its inner `class Options:`, inherited ones included."""
     options = {}
@@ -75,7 +82,7 @@ def options_of(part, part_name="", of="model"):
         declared = vars(base).get("Options")
         if declared is None:
             continue
-        annotations = typing.get_type_hints(declared)  # a file may hold them as strings
+        annotations = type_hints_of(declared)
         for name, default in vars(declared).items():
             if not name.startswith("_"):
                 options[name] = PartOption(part_name, of, default, annotations.get(name, type(default)))

@@ -34,11 +34,14 @@ import training_logger as logging  # noqa: E402
 import training_parallel as parallel  # noqa: E402
 import training_plan as plan_ahead  # noqa: E402
 import training_ranks as ranks  # noqa: E402
-from model_builder import notes, parameter_plan  # noqa: E402
+import training_run_record as run_record  # noqa: E402
+from model_builder import parameter_plan  # noqa: E402
+from model_checks import notes  # noqa: E402
+from model_config import IGNORE_INDEX  # noqa: E402
 from model_flops import flops_per_token, hardware_peak, mfu  # noqa: E402
 from training_data import BatchStream, Prefetcher, ValidationSet, check_split, load_dataset, windows_of  # noqa: E402
 from training_ledger import Ledger, StepMeter  # noqa: E402
-from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, added, validation_scores  # noqa: E402
+from training_objectives import OBJECTIVE_REGISTRY, added, validation_scores  # noqa: E402
 from training_optim import OPTIMIZER_REGISTRY, build_schedule, clip_gradients, set_learning_rate  # noqa: E402
 from training_place import DTYPES, check_agreement, find_place, joined, memory_errors, peak_memory_bytes  # noqa: E402
 from training_recompute import checkpoint_activations  # noqa: E402
@@ -146,7 +149,7 @@ def train(arguments, closing):
         if is_begun:
             checkpoint.set_aside(folder, ledger.step)
             logging.rewind_metrics(folder, ledger.step)
-        record = logging.config_record(settings, folder.name, model, flops, dataset, validation, resolved, arguments)
+        record = run_record.config_record(settings, folder.name, model, flops, dataset, validation, resolved, arguments)
         record["initial_weights"] = first_weights.record
         log = logging.RunLogger(folder, settings, record, dataset, total_steps, is_begun)
 
@@ -169,7 +172,7 @@ def train(arguments, closing):
             "ledger": ledger.state(), "scaler": scaler.state_dict(), "stream": stream.initial_hash,
             "random_states": ranks.gather(checkpoint.random_state(place.device), place)[:: place.tensor_parallel],
         }  # fmt: skip
-        metadata = logging.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
+        metadata = run_record.metadata_record(settings, folder.name, ledger, stream, due.get(ledger.step))
         writer.save(model, optimizers, state, metadata, prune)
 
     def prune():

@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model_config import IGNORE_INDEX
 from training_corpora import PROBE_REGISTRY
 from training_prepare import check_meets, prepare, recipe_of, summary_of
-from training_records import IGNORE_INDEX, Records
+from training_records import Records
 from training_token_files import SPLITS, check_shards, map_tokens, read_meta, tokenizer_of
 from user_errors import UserError
 

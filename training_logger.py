@@ -8,30 +8,24 @@ import csv
 import json
 import math
 import os
-import platform
-import shlex
 import shutil
-import subprocess
 import sys
-import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from configurator import save_sources
 from model_builder import NotFiniteError
-from model_flops import active_parameters, mfu, parameters_by_group, state_bytes
+from model_flops import active_parameters, mfu
 from training_checkpoint import write_atomically, write_json
 from training_ledger import own_scores
 from training_place import peak_memory_bytes
 from training_report import human_count, human_seconds, printable
+from training_run_record import FORMAT, earlier_sessions
+from training_sinks import import_wandb, sinks_of
 from training_tokenizers import TOKENIZER_FILE
 from training_weights import squared_norms
 from user_errors import UserError
-
-FORMAT = 1
-
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
@@ -78,25 +72,6 @@ def only_begun(folder, settings):
     record = json.loads(path.read_text(encoding="utf-8"))
     asked = json.loads(json.dumps({"model": settings.model.to_dict(), "training": settings.train.to_dict()}))
     return asked == {"model": record["model_config"], "training": record["training_config"]}
-
-
-def versions():
-    import numpy
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
-
-
-def git_state():
-    """{'commit', 'dirty'} of the code, or None for both where it is not a git checkout."""
-
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              encoding="utf-8", timeout=10, check=True).stdout.strip()  # fmt: skip
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
 
 
 # ---- while it runs ---------------------------------------------------------------------------------------------------
@@ -212,7 +187,7 @@ class RunLogger(ConsoleLogger):
         write_json(self.folder / "config.json", finite(record | earlier_sessions(self.folder)))
         self.metrics_path = self.folder / "metrics.jsonl"
         self.file = open(self.metrics_path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - `finish` closes it
-        self.sinks = _sinks(settings.train, self.folder)
+        self.sinks = sinks_of(settings.train, self.folder)
 
     def record(self, row):
         """Append one row to metrics.jsonl, flushed, and to every sink."""
@@ -342,96 +317,7 @@ def plot_loss(path, rows, title):
     figure.savefig(path, dpi=140)
 
 
-# ---- sinks -----------------------------------------------------------------------------------------------------------
-
-
-def _sinks(config, folder):
-    sinks = []
-    if config.tensorboard:
-        sinks.append(TensorBoardSink(folder / "tensorboard"))
-    if config.wandb_log:
-        sinks.append(WandbSink(config, folder))
-    return sinks
-
-
-def _scalars(row):
-    """{'train/loss': 1.2, ...}: the numbers of a row, nested ones by path."""
-    scalars = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            numbers = {name: item for name, item in value.items() if isinstance(item, (int, float))}
-            scalars.update({f"{key}/{name}": item for name, item in numbers.items()})
-        elif isinstance(value, (int, float)) and key not in ("step", "tokens_processed"):
-            scalars[f"{row['kind']}/{key}"] = value
-    return scalars
-
-
-class TensorBoardSink:
-    """Event files; every curve twice, against steps and, under `by_tokens/`, against tokens."""
-
-    def __init__(self, folder):
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        folder.mkdir(exist_ok=True)
-        self.writer = EventFileWriter(str(folder))
-
-    def log(self, row):
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        for prefix, step in (("", row["step"]), ("by_tokens/", row["tokens_processed"])):
-            values = [Summary.Value(tag=prefix + name, simple_value=number) for name, number in _scalars(row).items()]
-            self.writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-
-    def close(self):
-        self.writer.close()
-
-
-def import_wandb():
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb_log=True needs Weights & Biases: pip install wandb, or leave wandb_log=False") from None
-    return wandb
-
-
-def wandb_mode(wandb):
-    """None where WANDB_MODE or a login decides, else 'offline'."""
-    if "WANDB_MODE" in os.environ:
-        return None
-    try:
-        return None if wandb.login(prompt=False) else "offline"
-    except Exception as error:  # a key that is refused, or no network: neither is worth a run
-        print(f"Weights & Biases is offline ({error}); `wandb sync` uploads the run later", flush=True)
-        return "offline"
-
-
-class WandbSink:
-    """Weights & Biases, offline when nobody is logged in; curves against steps, with tokens to choose as the x axis."""
-
-    def __init__(self, config, folder):
-        wandb = import_wandb()
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.run = wandb.init(
-            project=config.wandb_project, name=config.wandb_run_name or folder.name, dir=str(folder), config=settings,
-            mode=wandb_mode(wandb),
-        )  # fmt: skip
-        self.run.define_metric("step")
-        self.run.define_metric("tokens_processed")
-        self.run.define_metric("train/*", step_metric="step")
-        self.run.define_metric("eval/*", step_metric="step")
-        self.run.define_metric("by_tokens/*", step_metric="tokens_processed")
-
-    def log(self, row):
-        scalars = _scalars(row)
-        by_tokens = {f"by_tokens/{name}": number for name, number in scalars.items()}
-        self.run.log({**scalars, **by_tokens, "step": row["step"], "tokens_processed": row["tokens_processed"]})
-
-    def close(self):
-        self.run.finish()
-
-
-# ---- records ---------------------------------------------------------------------------------------------------------
+# ---- what rows and the summary say of the model ----------------------------------------------------------------------
 
 
 def layer_stats(model):
@@ -448,76 +334,6 @@ def _norms_by_layer(named_tensors):
         layer = ".".join(words[:3] if words[0] == "blocks" else words[:1])
         squares[layer] = squares.get(layer, 0.0) + square
     return {layer: math.sqrt(square) for layer, square in squares.items()}
-
-
-def config_record(settings, run_name, model, flops, dataset, validation, resolved, arguments):
-    """config.json: the whole story of a run."""
-    return {
-        "format": FORMAT,
-        "run_name": run_name,
-        "architecture": model.config.architecture_name(),
-        "model_config": settings.model.to_dict(),
-        "training_config": settings.train.to_dict(),
-        "resolved": resolved,
-        "parameters": {
-            "total": sum(parameter.numel() for parameter in model.parameters()),
-            "active": active_parameters(model),
-            "groups": parameters_by_group(model),
-        },
-        "flops": flops.to_dict(),
-        "state": {
-            "bytes_per_sequence": state_bytes(model, model.config.block_size) if model.config.causal else None,
-            "context": model.config.block_size,
-        },
-        "dataset": {
-            "name": dataset.name, "fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer_name,
-            "vocab_size": dataset.vocab_size, "train_tokens": len(dataset.train), "val_tokens": len(dataset.val),
-            "evaluation_hash": validation.hash, **dataset.facts(),
-        },
-        "versions": versions(),
-        "git": git_state(),
-        "command": shlex.join(["python", "train.py", *arguments]),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def earlier_sessions(folder):
-    """{'earlier_sessions': how and where the run was trained before it was resumed}, {} for a new run.
-
-    Where its first weights came from is told again: the session that goes on does not know.
-    """
-    if not (folder / "config.json").exists():
-        return {}
-    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    session = {name: before[name] for name in ("created", "command", "git", "versions", "resolved")}
-    session["training_config"] = before.get("training_config")
-    sessions = [*before.get("earlier_sessions", []), session]
-    return {"earlier_sessions": sessions, "initial_weights": before.get("initial_weights")}
-
-
-def metadata_record(settings, run_name, ledger, stream, scheduled_tokens=None):
-    """metadata.json of a checkpoint at the ledger's step.
-
-    Args:
-        scheduled_tokens: the count that this checkpoint was due at, which its step is the first to reach; None where
-            no schedule asked for it.
-    """
-    return {
-        "experiment_name": run_name,
-        "global_step": ledger.step,
-        "stream_hash": ledger.stream_hash,
-        "epoch": stream.epoch(ledger.step),
-        "token_metrics": {
-            "total_tokens_processed": ledger.tokens_processed,
-            "total_tokens_supervised": ledger.tokens_supervised,
-            "tokens_per_step": ledger.tokens_per_step,
-            "effective_batch_size": stream.sequences_per_step,
-            "sequence_length": stream.block_size,
-            "estimated_tokens_at_step": scheduled_tokens or ledger.step * ledger.tokens_per_step,
-        },
-        "training_config": settings.train.to_dict(),
-        "model_config": settings.model.to_dict(),
-    }
 
 
 def size_and_speed(model, ledger, peak, place):

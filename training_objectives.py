@@ -18,7 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model_builder import IGNORE_INDEX, soft_cap
+from model_builder import soft_cap
+from model_config import IGNORE_INDEX
 from registry import Registry
 from training_corpora import PROBE_REGISTRY
 from training_data import bits_per_byte, keys_of, scrambled, shuffled

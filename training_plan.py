@@ -12,7 +12,8 @@ import torch
 
 import model_matching as matching
 from configurator import with_vocabulary
-from model_builder import ConfigurableGPT, notes, on_meta
+from model_builder import ConfigurableGPT, on_meta
+from model_checks import notes
 from model_config import GPT2_VOCAB_SIZE
 from model_flops import CONVENTION, active_parameters, flops_per_token, published_peak
 from training_corpora import CORPUS_REGISTRY, PROBE_REGISTRY

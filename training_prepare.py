@@ -39,14 +39,14 @@ from training_token_files import (
     write_json,
 )
 from training_tokenizers import (
-    LEARN_FROM_BYTES,
     TOKENIZER_REGISTRY,
-    as_text,
     tokenizer_from_meta,
     tokenizer_identity,
     tokenizer_label,
     tokenizer_part,
 )
+from training_tokenizers_base import as_text
+from training_tokenizers_learned import LEARN_FROM_BYTES
 from user_errors import Parser, UserError, did_you_mean, exit_on_user_error
 
 CHUNK_BYTES = 2**20  # of text, encoded together

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from model_config import IGNORE_INDEX
 from training_token_files import SPLITS, check_file, describe, fsync_folder, map_file, map_tokens, write_json
 from user_errors import UserError
 
 INDEX = np.dtype([("end", "<i8"), ("line", "<i8"), ("outcome", "u1")])
-IGNORE_INDEX = -100  # the target of padding
 
 
 class Record(NamedTuple):

@@ -11,7 +11,7 @@ a byte order mark goes, so that a text is the same on every system.
 import json
 from itertools import islice
 
-from training_tokenizers import last_cut
+from training_tokenizers_base import last_cut
 from user_errors import UserError
 
 PIECE_CHARACTERS = 2**20  # of a long text at once

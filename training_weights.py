@@ -16,7 +16,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import training_mesh
-from model_builder import DeclarationError, initial_value, parameter_plan, seeded
+from model_builder import parameter_plan
+from model_parameters import DeclarationError, initial_value, seeded
 
 # ---- memory and first values -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 import time
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -38,6 +39,26 @@ class Parser(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         hint = did_you_mean(unknown.split()[0].split("=")[0], flags) if unknown != message else ""
         raise UserError(f"{message}{hint or '; see --help'}")
+
+
+def paths_given(arguments, about, what, usage):
+    """The paths that a script was given which takes nothing else; none where it was asked for help, which is printed.
+
+    Args:
+        about: the script's docstring.  what: the paths, in a word or two.  usage: a command that is right.
+
+    Raises:
+        UserError: no path, or a flag.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(about.strip())
+        return []
+    if not arguments:
+        raise UserError(f"no {what} is given: {usage}")
+    for flag in arguments:
+        if flag.startswith("-"):
+            raise UserError(f"{flag} is no {what}; see --help")
+    return list(dict.fromkeys(map(Path, arguments)))
 
 
 SECONDS_FOR_RANK_0 = 10

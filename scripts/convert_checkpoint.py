@@ -13,17 +13,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import training_checkpoint as checkpoint
-from user_errors import UserError, exit_on_user_error
+from user_errors import UserError, exit_on_user_error, paths_given
 
 
 @exit_on_user_error
 def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        return print(__doc__.strip())
-    if not arguments:
-        raise UserError("no checkpoint is given: python scripts/convert_checkpoint.py runs/NAME/checkpoint-5000 ...")
-    for argument in arguments:
-        print(f"{convert(Path(argument))} is unsharded")
+    usage = "python scripts/convert_checkpoint.py runs/NAME/checkpoint-5000 ..."
+    for folder in paths_given(arguments, __doc__, "checkpoint", usage):
+        print(f"{convert(folder)} is unsharded")
 
 
 def convert(folder):

@@ -9,19 +9,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from comparison_checkpoints import problems_between, problems_of_run, read_run
-from user_errors import UserError, exit_on_user_error
+from user_errors import exit_on_user_error, paths_given
 
 
 @exit_on_user_error
 def main(arguments):
-    if "--help" in arguments or "-h" in arguments:
-        return print(__doc__.strip())
-    if not arguments:
-        raise UserError("no run folder is given: python scripts/verify_checkpoints.py runs/NAME ...")
-    for flag in arguments:
-        if flag.startswith("-"):
-            raise UserError(f"{flag} is no run folder; see --help")
-    runs = [read_run(path) for path in dict.fromkeys(Path(argument) for argument in arguments)]
+    usage = "python scripts/verify_checkpoints.py runs/NAME ..."
+    if not (folders := paths_given(arguments, __doc__, "run folder", usage)):
+        return
+    runs = [read_run(folder) for folder in folders]
     problems = [problem for run in runs for problem in problems_of_run(run)] + problems_between(runs)
     for problem in problems:
         print(problem)

@@ -4,12 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from mixer_short_conv import document_runs
-
-TOLERANCES = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
-
-
-def random(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(dtype)
+from recurrence_helpers import random
 
 
 def runs_of(batch, T):
@@ -24,12 +19,6 @@ def outputs_and_gradients(function, inputs):
     outputs = [y for y in function(*inputs) if y is not None]
     total = sum((y * torch.sin(torch.arange(y.numel(), dtype=y.dtype) + 1).view_as(y)).sum() for y in outputs)
     return [*outputs, *torch.autograd.grad(total, inputs)]
-
-
-def assert_all_close(one, other, dtype=torch.float64):
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, **TOLERANCES[dtype])
 
 
 def mamba_inputs(T, dtype=torch.float64, batch=2, D=6, N=4):

@@ -1,17 +1,21 @@
 """What every mixer with a state owes beside the contract: checks that its own test file calls."""
 
 import torch
+import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixer_attention import MIXER_REGISTRY
+from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 65]  # for chunks of 16
-TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
+TOLERANCES = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
 
 
 def random(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    """The same numbers in every dtype; others for another seed or size, so that no two inputs of a test are alike."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def mixer(name, dtype=torch.float64, layer=0, scale=0.4, **options):
@@ -25,9 +29,71 @@ def mixer(name, dtype=torch.float64, layer=0, scale=0.4, **options):
     return part
 
 
+def mixer_maker(tiny, variants, std):
+    """make(variant, dtype, fresh, **changes): the mixer of a tiny model, float64 and random unless told otherwise.
+
+    variants: {'mamba-wide': options of the mixer 'mamba'}.
+    """
+
+    def make(variant, dtype=torch.float64, fresh=False, **changes):
+        name = variant.partition("-")[0]
+        config = tiny(**{"position_encoding": "none", **variants[variant], **changes, "block_pattern": f"{name}/none"})
+        layer = ConfigurableGPT(config).blocks[0].mixer.to(dtype)
+        torch.manual_seed(1)
+        for parameter in () if fresh else layer.parameters():
+            nn.init.normal_(parameter, std=std)
+        return layer
+
+    return make
+
+
+def assert_all_close(one, other, dtype=torch.float64):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCES[dtype])
+
+
+def check_steps_leave_the_state_before_alone(layer, T, cuts):
+    """Steps over a text cut into pieces of any size equal forward, and a state may be gone on from twice."""
+    x = random(2, T, 16)
+    wanted = layer(x)
+    for pieces in cuts:
+        state, columns = layer.init_state(2, dtype=torch.float64), []
+        for piece in x.split(pieces, dim=1):
+            before = {name: tensor.clone() for name, tensor in state.items()}
+            y, after = layer.step(piece, state)
+            assert all(torch.equal(before[name], state[name]) for name in state)
+            columns.append(y)
+            state = after
+        torch.testing.assert_close(torch.cat(columns, dim=1), wanted, **TOLERANCES[torch.float64])
+
+
+def check_state_has_one_size(layer, dtype):
+    """Whatever the length, what is held is what is declared; returns the last state."""
+    sizes = set()
+    for T in (1, 64, 300):
+        with torch.no_grad():
+            _, state = layer.step(torch.zeros(1, T, 16, dtype=dtype), layer.init_state(1, dtype=dtype))
+        held = sum(tensor.untyped_storage().nbytes() for tensor in state.values())  # a view would hold more
+        sizes |= {held, layer.state_bytes(T, dtype)}
+    assert len(sizes) == 1
+    return state
+
+
+def check_it_trains_compiled(layer, x, ids):
+    """One graph forward and one backward, with documents and without, to the same numbers and gradients."""
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for documents in (None, ids):
+        results = []
+        for run in (layer, compiled):
+            y = run(x, None, documents)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+        assert_all_close(*results, torch.float32)
+
+
 def check_kernels_agree(recurrent, chunked, make_inputs, state_shape):
     """Outputs, last state and the gradients of every input and of the first state, in float64 and float32."""
-    for dtype, tolerance in TOLERANCE.items():
+    for dtype, tolerance in TOLERANCES.items():
         results = []
         for form in (recurrent, chunked):
             x = {name: None if t is None else t.clone().requires_grad_() for name, t in make_inputs(dtype).items()}
@@ -147,7 +213,7 @@ def check_compiles(name, **options):
 
 def check_autocast(name):
     """bfloat16 products around a float32 recurrence: forward, backward, and close to float32."""
-    layer, x = mixer(name, torch.float32, scale=0.2), random(2, 20, 16, dtype=torch.float32)
+    layer, x = mixer(name, torch.float32, scale=0.2), random(2, 20, 16, dtype=torch.float32, seed=1)
     wanted, inside = layer(x), []
 
     def watched(form):

@@ -21,9 +21,10 @@ from comparison_runs import find_runs
 from eval_probes import Draws, composition_table, make_probe
 from eval_probing import answers_of, ask_probe, read_probe
 from model_builder import ConfigurableGPT
+from model_config import IGNORE_INDEX
 from training_config import TrainConfig
 from training_corpora import PROBE_REGISTRY
-from training_data import IGNORE_INDEX, BatchStream, ValidationSet, load_dataset
+from training_data import BatchStream, ValidationSet, load_dataset
 from training_helpers import Workshop, a_peak, book, read_json, rows, steps_of_checkpoints, summary, workshop
 from training_objectives import OBJECTIVE_REGISTRY, validation_scores
 from training_place import find_place

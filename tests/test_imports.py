@@ -23,7 +23,7 @@ SCRIPTS = ["train", "sample", "evaluate", "compare_architectures", "sweep", "ben
 LAYERS = {  # a file imports from its own layer and the ones before it; the first pattern that fits decides
     "settings": ["registry", "user_errors", "*_config"],
     "configurator": ["configurator"],
-    "components": ["model_components", "model_moe"],
+    "components": ["model_components", "model_moe", "model_checks", "model_parameters"],
     "mixers": ["mixer_*"],
     "builder": ["model_builder"],
     "whole models": ["model_*"],

@@ -9,18 +9,20 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mamba_helpers import (
-    TOLERANCES,
-    assert_all_close,
-    mamba2_inputs,
-    mamba_inputs,
-    random,
-    runs_of,
-)
+from mamba_helpers import mamba2_inputs, mamba_inputs, runs_of
 from mixer_attention import MIXER_REGISTRY
 from mixer_mamba import Mamba, Mamba2
 from mixer_mamba_scan import selective_scan_recurrent, ssd_recurrent
 from model_builder import ConfigurableGPT, initialise, parameter_plan
+from recurrence_helpers import (
+    TOLERANCES,
+    assert_all_close,
+    check_it_trains_compiled,
+    check_state_has_one_size,
+    check_steps_leave_the_state_before_alone,
+    mixer_maker,
+    random,
+)
 from user_errors import UserError
 
 by_documents = pytest.mark.parametrize("documents", [False, True], ids=["one-text", "documents"])
@@ -40,18 +42,7 @@ by_variant = pytest.mark.parametrize("variant", MIXERS)
 
 @pytest.fixture
 def make(tiny):
-    """A mixer of a variant with random parameters, float64 unless told otherwise."""
-
-    def mixer(variant, dtype=torch.float64, fresh=False, **changes):
-        name = variant.partition("-")[0]
-        config = tiny(**{"position_encoding": "none", **MIXERS[variant], **changes, "block_pattern": f"{name}/none"})
-        layer = ConfigurableGPT(config).blocks[0].mixer.to(dtype)
-        torch.manual_seed(1)
-        for parameter in () if fresh else layer.parameters():
-            nn.init.normal_(parameter, std=0.5)
-        return layer
-
-    return mixer
+    return mixer_maker(tiny, MIXERS, std=0.5)
 
 
 # ---- the mixers -----------------------------------------------------------------------------------------------------
@@ -73,19 +64,9 @@ def test_both_forms_of_a_mixer_are_one(make, variant, documents, T):
 
 @by_variant
 def test_steps_equal_forward_and_leave_the_state_before_alone(make, variant):
-    x = random(2, 40, 16)
     for recurrence in ("chunk", "recurrent"):
-        mixer = make(variant, recurrence=recurrence)
-        wanted = mixer(x)
-        for pieces in ([1] * 40, [17, 1, 20, 2], [40], [1, 39]):
-            state, columns = mixer.init_state(2, dtype=torch.float64), []
-            for piece in x.split(pieces, dim=1):
-                before = {name: tensor.clone() for name, tensor in state.items()}
-                y, after = mixer.step(piece, state)
-                assert all(torch.equal(before[name], state[name]) for name in state)
-                columns.append(y)
-                state = after
-            torch.testing.assert_close(torch.cat(columns, dim=1), wanted, **TOLERANCES[torch.float64])
+        cuts = [1] * 40, [17, 1, 20, 2], [40], [1, 39]
+        check_steps_leave_the_state_before_alone(make(variant, recurrence=recurrence), 40, cuts)
 
 
 @by_variant
@@ -112,13 +93,7 @@ def test_documents_are_separate_texts_to_the_gradient(make, variant):
 @by_mixer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_state_has_one_size_for_ever(make, mixer, dtype):
-    layer = make(mixer, dtype=dtype)
-    sizes = set()
-    for T in (1, 64, 4096):
-        _, state = layer.step(torch.zeros(1, T, 16, dtype=dtype), layer.init_state(1, dtype=dtype))
-        held = sum(t.untyped_storage().nbytes() for t in state.values())  # a view would hold more
-        sizes |= {held, layer.state_bytes(T, dtype)}
-    assert len(sizes) == 1
+    state = check_state_has_one_size(make(mixer, dtype=dtype), dtype)
     assert state["ssm"].dtype == torch.promote_types(dtype, torch.float32)
 
 
@@ -142,14 +117,8 @@ def test_half_precision_is_close(make, mixer):
 
 @by_mixer
 def test_it_compiles_in_one_piece(make, mixer):
-    layer, x = make(mixer, dtype=torch.float32), random(2, 20, 16, dtype=torch.float32)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for ids in (None, runs_of(2, 20)):
-        results = []
-        for run in (layer, compiled):
-            y = run(x, None, ids)
-            results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
-        assert_all_close(*results, torch.float32)
+    x = random(2, 20, 16, dtype=torch.float32)
+    check_it_trains_compiled(make(mixer, dtype=torch.float32), x, runs_of(2, 20))
 
 
 # ---- against transformers -------------------------------------------------------------------------------------------

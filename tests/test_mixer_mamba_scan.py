@@ -6,15 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba_helpers import (
-    TOLERANCES,
-    assert_all_close,
-    mamba2_inputs,
-    mamba_inputs,
-    outputs_and_gradients,
-    runs_of,
-)
+from mamba_helpers import mamba2_inputs, mamba_inputs, outputs_and_gradients, runs_of
 from mixer_mamba_scan import selective_scan, selective_scan_recurrent, ssd_chunked, ssd_recurrent
+from recurrence_helpers import TOLERANCES, assert_all_close
 
 by_length = pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 63, 64, 65, 130])
 by_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

@@ -7,9 +7,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixer_attention import MIXER_REGISTRY
 from model_builder import ConfigurableGPT, parameter_plan
+from recurrence_helpers import (
+    TOLERANCES,
+    assert_all_close,
+    check_it_trains_compiled,
+    check_state_has_one_size,
+    check_steps_leave_the_state_before_alone,
+    mixer_maker,
+    random,
+)
 from user_errors import UserError
 
-TOLERANCES = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
 LENGTHS = [1, 2, 9, 65]
 TORCH = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 VARIANTS = {
@@ -22,24 +30,9 @@ by_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 DOCUMENTS = torch.tensor([[0] * 9, [0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 5, 5, 0]])
 
 
-def random(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(dtype)
-
-
 @pytest.fixture
 def make(tiny):
-    """A mixer of a variant with random parameters."""
-
-    def mixer(variant, dtype=torch.float64, fresh=False, **changes):
-        name = variant.partition("-")[0]
-        config = tiny(**{"position_encoding": "none", **VARIANTS[variant], **changes, "block_pattern": f"{name}/none"})
-        layer = ConfigurableGPT(config).blocks[0].mixer.to(dtype)
-        torch.manual_seed(1)
-        for parameter in () if fresh else layer.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        return layer
-
-    return mixer
+    return mixer_maker(tiny, VARIANTS, std=0.3)
 
 
 def torch_twin(mixer):
@@ -69,8 +62,7 @@ def test_it_equals_torch_nn_in_output_gradients_and_state(make, variant, dtype, 
         x = random(3, T, 16, dtype=dtype).requires_grad_()
         y = run(x)
         results.append([y, *gradients(y, [x, *weights, mixer.out.weight])])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, **TOLERANCES[dtype])
+    assert_all_close(*results, dtype)
     state = mixer.step(x, mixer.init_state(3, dtype=dtype))[1]
     last = twin(x)[1]
     for one, other in zip(state.values(), last if isinstance(last, tuple) else (last,), strict=True):
@@ -98,8 +90,7 @@ def test_both_forms_are_one_across_documents(make, variant, dtype):
         mixer, x = make(variant, dtype, recurrence=recurrence), random(3, 9, 16, dtype=dtype).requires_grad_()
         y = mixer(x, document_ids=DOCUMENTS)
         results.append([y, *gradients(y, [x, *mixer.parameters()])])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, **TOLERANCES[dtype])
+    assert_all_close(*results, dtype)
 
 
 @by_variant
@@ -111,35 +102,20 @@ def test_documents_are_separate_texts_to_the_gradient(make, variant, recurrence)
         for row, sizes in zip(x, ([9], [3, 4, 2], [1, 5, 2, 1]), strict=True)
     ])  # fmt: skip
     packed = mixer(x, document_ids=DOCUMENTS)
-    for one, other in zip(*([y, *gradients(y, [x, *mixer.parameters()])] for y in (packed, alone)), strict=True):
-        torch.testing.assert_close(one, other, **TOLERANCES[torch.float64])
+    assert_all_close(*([y, *gradients(y, [x, *mixer.parameters()])] for y in (packed, alone)))
 
 
 @by_variant
 @pytest.mark.parametrize("recurrence", ["kernel", "recurrent"])
 def test_steps_equal_forward_and_leave_the_state_before_alone(make, variant, recurrence):
-    mixer, x = make(variant, recurrence=recurrence), random(2, 12, 16)
-    wanted = mixer(x)
-    for pieces in ([1] * 12, [5, 1, 6], [12]):
-        state, columns = mixer.init_state(2, dtype=torch.float64), []
-        for piece in x.split(pieces, dim=1):
-            before = {name: tensor.clone() for name, tensor in state.items()}
-            y, after = mixer.step(piece, state)
-            assert all(torch.equal(before[name], state[name]) for name in state)
-            columns.append(y)
-            state = after
-        torch.testing.assert_close(torch.cat(columns, dim=1), wanted, **TOLERANCES[torch.float64])
+    mixer = make(variant, recurrence=recurrence)
+    check_steps_leave_the_state_before_alone(mixer, 12, ([1] * 12, [5, 1, 6], [12]))
 
 
 @by_variant
 @by_dtype
 def test_the_state_has_one_size_for_ever(make, variant, dtype):
-    mixer, sizes = make(variant, dtype), set()
-    for T in (64, 4096):
-        with torch.no_grad():
-            _, state = mixer.step(torch.zeros(1, T, 16, dtype=dtype), mixer.init_state(1, dtype=dtype))
-        sizes |= {sum(t.untyped_storage().nbytes() for t in state.values()), mixer.state_bytes(T, dtype)}
-    assert len(sizes) == 1
+    state = check_state_has_one_size(make(variant, dtype), dtype)
     assert {*state} == ({"h", "c"} if variant.startswith("lstm") else {"h"})
 
 
@@ -161,12 +137,8 @@ def test_half_precision_is_close(make, mixer):
 @by_mixer
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # said when oneDNN is switched off
 def test_it_compiles_in_one_piece(make, mixer):
-    layer, x = make(mixer, dtype=torch.float32), random(2, 9, 16, dtype=torch.float32)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for ids in (None, DOCUMENTS[:2]):
-        results = [[y, *gradients(y, list(layer.parameters()))] for y in (layer(x, None, ids), compiled(x, None, ids))]
-        for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, **TOLERANCES[torch.float32])
+    x = random(2, 9, 16, dtype=torch.float32)
+    check_it_trains_compiled(make(mixer, dtype=torch.float32), x, DOCUMENTS[:2])
 
 
 # ---- initial values, plan, cost -------------------------------------------------------------------------------------

@@ -8,19 +8,16 @@ import torch.nn.functional as F
 import model_interop as interop
 from mixer_attention import MIXER_REGISTRY, Mixer
 from model_builder import (
-    IGNORE_INDEX,
     Block,
     ConfigurableGPT,
-    check_parts,
-    notes,
     on_meta,
     parameter_plan,
     sample_token,
     soft_cap,
-    unused_options,
 )
+from model_checks import check_parts, notes, unused_options
 from model_components import POSITION_ENCODING_REGISTRY, ALiBi, LearnedAbsolute, RoPE
-from model_config import ModelArchitectureConfig
+from model_config import IGNORE_INDEX, ModelArchitectureConfig
 from model_helpers import scrambled
 from model_interop_rules import HF_CLASS_REGISTRY
 from training_config import TrainConfig

@@ -3,7 +3,6 @@
 import pytest
 
 from mixer_attention import MIXER_REGISTRY
-from model_builder import ConfigurableGPT  # noqa: F401  fills the registry
 from recurrence_helpers import (
     check_autocast,
     check_compiles,

@@ -19,16 +19,9 @@ from user_errors import UserError
 def trained(book, tmp_path_factory):
     """A Workshop with the run 'writer', trained until it spells some words."""
     shop = Workshop(tmp_path_factory.mktemp("trained"), book)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "hardware_peak", a_peak)
-        shop.run(
-            "--max_iters=120",
-            "--n_embd=32",
-            "--batch_size=8",
-            "--eval_interval=60",
-            "--keep_checkpoints=0",
-            name="writer",
-        )
+    shop.run(
+        "--max_iters=120", "--n_embd=32", "--batch_size=8", "--eval_interval=60", "--keep_checkpoints=0", name="writer"
+    )
     return shop
 
 

@@ -35,7 +35,7 @@ class Slow(CausalLM):
 
 
 objective = "slow"
-max_iters = 200
+max_iters = 80
 '''
 
 
@@ -44,7 +44,7 @@ def slow(workshop, tmp_path):
     """Arguments of a run that takes seconds in another process and none here."""
     (tmp_path / "slow.py").write_text(SLOW, encoding="utf-8")
     arguments = [argument for argument in workshop.command() if "max_iters" not in argument]
-    return [*arguments, str(tmp_path / "slow.py"), "--dropout=0.1", "--eval_interval=50"]
+    return [*arguments, str(tmp_path / "slow.py"), "--dropout=0.1", "--eval_interval=40"]
 
 
 def test_a_signal_saves_leaves_with_0_and_the_run_goes_on(workshop, slow):
@@ -59,7 +59,7 @@ def test_a_signal_saves_leaves_with_0_and_the_run_goes_on(workshop, slow):
         )  # fmt: skip
     try:
         for signum, child in children.items():
-            while not child.stdout.readline().startswith("step   5/200"):
+            while not child.stdout.readline().startswith("step  5/80"):
                 assert child.poll() is None, child.stderr.read()
             child.send_signal(signum)
         for signum, child in children.items():
@@ -74,8 +74,8 @@ def test_a_signal_saves_leaves_with_0_and_the_run_goes_on(workshop, slow):
         folder = workshop.runs / signum.name
         stopped_at = summary(folder)["steps"]
         assert summary(folder)["status"] == "interrupted"
-        assert 5 <= stopped_at < 200 and steps_of_checkpoints(folder)[-1] == stopped_at
+        assert 5 <= stopped_at < 80 and steps_of_checkpoints(folder)[-1] == stopped_at
         assert rows(folder, "train")[-1]["step"] == stopped_at
         workshop.resume(folder)
         assert summary(folder)["status"] == "finished"
-        assert_same_run(workshop.runs / "straight", folder, 200)
+        assert_same_run(workshop.runs / "straight", folder, 80)

@@ -1,30 +1,21 @@
 """Documents and their splits, from local files only: nothing here touches the network."""
 
+# ruff: noqa: F401, F811 - hub is a fixture
+
 import hashlib
 import json
-import math
 import random
 import sys
 from itertools import islice
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import training_corpora
 import training_text_files
-from training_corpora import CORPUS_REGISTRY, END_OF_STORY
+from corpora_helpers import HubRows, hub, stories, write, write_lines
+from training_corpora import CORPUS_REGISTRY
+from training_corpora_hub import END_OF_STORY
 from user_errors import UserError
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    return path
-
-
-def write_lines(path, rows):
-    return write(path, "\n".join(json.dumps(row) for row in rows) + "\n")
 
 
 def split_of(corpus, split):
@@ -222,11 +213,7 @@ def test_a_long_text_is_cut_only_before_white_space(piece, monkeypatch):
         assert all(left[-1].strip() and not right[0].strip() for (left, _), (right, _) in zip(pieces, pieces[1:]))  # noqa: B905, RUF007
 
 
-# -- stories and the Hub
-
-
-def stories(n, first=0):
-    return [f"Story {i}. Once upon a time.\nThe end." for i in range(first, first + n)]
+# -- stories and pages
 
 
 def test_stories_are_cut_at_their_separator(tmp_path, monkeypatch):
@@ -257,125 +244,6 @@ def test_a_single_file_of_stories_is_limited_in_both_splits(tmp_path, monkeypatc
     corpus = corpus_class(input=write(tmp_path / "some.txt", END_OF_STORY.join(stories(300))))
     splits = [split for split, _, _ in corpus.documents()]
     assert splits.count("train") == 50 and splits.count("val") == 8
-
-
-class HubRows:
-    """As much of datasets 5.2's IterableDataset as is used: iteration, skip, and a state that counts what was given."""
-
-    def __init__(self, texts, breaks=()):
-        self.texts, self.breaks, self.start, self.given = texts, breaks, 0, None
-
-    def __iter__(self):
-        self.given = self.start
-        for text in self.texts[self.start :]:
-            if self.given in self.breaks:
-                self.breaks.remove(self.given)
-                raise ConnectionError("Server Disconnected")
-            self.given += 1
-            yield {"text": text, "url": "https://example.org"}
-
-    def state_dict(self):
-        return None if self.given is None else {"examples_iterable": {"shard_example_idx": self.given}, "epoch": 0}
-
-    def load_state_dict(self, state):
-        self.start = state["examples_iterable"]["shard_example_idx"]
-
-    def skip(self, n):
-        return HubRows(self.texts[n:], self.breaks)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for the package `datasets`: 6,000 rows for each split, and a record of what was asked."""
-
-    class Hub:
-        __version__ = "5.2.0"
-        asked = []  # noqa: RUF012
-        breaks = []  # noqa: RUF012 - rows before which the stream breaks off, once each
-        waited = []  # noqa: RUF012
-
-        @staticmethod
-        def load_dataset(path, config, split, streaming, revision):
-            Hub.asked.append((path, config, split, streaming, revision))
-            return HubRows([f"{split} {i}" for i in range(6000)], Hub.breaks)
-
-    monkeypatch.setattr(training_corpora.time, "sleep", Hub.waited.append)
-    monkeypatch.setitem(sys.modules, "datasets", Hub)
-    return Hub
-
-
-@pytest.mark.parametrize("name, config", [("openwebtext", None), ("fineweb_edu", "sample-10BT")])
-def test_pages_are_streamed_and_about_one_in_two_thousand_validates(name, config, hub):
-    corpus = CORPUS_REGISTRY[name]()
-    documents = list(corpus.documents())
-    assert [text for _, text, _ in documents] == [f"train {i}" for i in range(6000)]
-    assert 0 < sum(split == "val" for split, _, _ in documents) < 12
-    assert hub.asked[0][1:4] == (config, "train", True)
-
-
-def test_a_page_validates_by_its_text_alone():
-    texts = [f"page {i} é\ud800" for i in range(40_000)]
-    chosen = [text for text in texts if training_corpora.is_one_in(20, text)]
-    assert abs(len(chosen) - 2000) < 5 * math.sqrt(2000 * 19 / 20)  # binomial, five sigma
-    assert chosen[:2] == ["page 22 é\ud800", "page 24 é\ud800"]  # frozen: another choice is another dataset
-
-
-def test_a_stream_that_breaks_off_goes_on_where_it_broke(hub):
-    hub.breaks += [1, 2500, 2501, 5999]
-    documents = list(CORPUS_REGISTRY["openwebtext"]().documents())
-    assert [text for _, text, _ in documents] == [f"train {i}" for i in range(6000)]
-    assert not hub.breaks and hub.waited == [1, 1, 1, 1] and len(hub.asked) == 5
-
-
-def test_a_stream_that_stays_broken_costs_one_sentence(hub):
-    hub.breaks += [3000] * 10
-    seen = []
-    with pytest.raises(UserError, match=r"ConnectionError: Server Disconnected.*--input=FILE"):
-        seen.extend(CORPUS_REGISTRY["openwebtext"]().documents())
-    assert len(seen) == 3000 and hub.waited == list(training_corpora.RETRY_SECONDS)
-
-
-def test_a_stream_that_does_not_begin_is_not_waited_for(hub):
-    hub.breaks += [0]
-    with pytest.raises(UserError, match="Server Disconnected"):
-        list(CORPUS_REGISTRY["openwebtext"]().documents())
-    assert hub.waited == []
-
-
-def test_another_version_of_datasets_skips_rows(hub):
-    *_, (_, here) = islice(CORPUS_REGISTRY["openwebtext"]().placed_documents(), 100)
-    place = {**here(), "version": "4.0.0", "state": {"unknown": 1}}
-    assert next(CORPUS_REGISTRY["openwebtext"]().placed_documents(place))[0][1] == "train 100"
-
-
-def test_the_source_is_held_to_one_revision(hub, monkeypatch):
-    monkeypatch.setattr(training_corpora, "latest_revision", lambda path, revision: f"{path} at {revision}")
-    corpus = CORPUS_REGISTRY["openwebtext"]()
-    assert corpus.pin() == "Skylion007/openwebtext at refs/convert/parquet"
-    next(corpus.documents())
-    assert CORPUS_REGISTRY["openwebtext"]().pin("f3808c3") == "f3808c3" and hub.asked[0][-1] == corpus.revision
-
-
-def test_stories_of_the_hub_keep_its_splits(hub):
-    splits = [split for split, _, _ in CORPUS_REGISTRY["tinystories"]().documents()]
-    assert splits.count("train") == 6000 and splits.count("val") == 5000
-    assert [row[2] for row in hub.asked] == ["train", "validation"]
-
-
-@pytest.mark.parametrize("name", ["tinystories", "openwebtext", "fineweb_edu"])
-def test_no_package_and_no_network_cost_one_sentence(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        list(CORPUS_REGISTRY[name]().documents())
-
-    class Unreachable:
-        @staticmethod
-        def load_dataset(*args, **kwargs):
-            raise ConnectionError("Couldn't reach the Hub")
-
-    monkeypatch.setitem(sys.modules, "datasets", Unreachable)
-    with pytest.raises(UserError, match="--input=FILE"):
-        list(CORPUS_REGISTRY[name]().documents())
 
 
 def test_local_pages_are_read_as_text(tmp_path):
@@ -469,72 +337,3 @@ def test_what_lies_before_a_place_is_not_read_again(tmp_path):
     path.write_bytes(raw[:-4] + b"no\n\n")
     with pytest.raises(UserError, match="line 300 of"):  # still counted from the start of the file
         list(CORPUS_REGISTRY["text"](input=path).placed_documents(here()))
-
-
-# -- the package `datasets` itself, on local files
-
-
-@pytest.fixture
-def real_rows(tmp_path, monkeypatch):
-    """openwebtext reads three parquet files of 40, 50 and 60 rows, through datasets.load_dataset; yields the texts."""
-    datasets = pytest.importorskip("datasets")
-    import pyarrow
-    import pyarrow.parquet
-
-    texts, files = [f"page {i} é " * 5 for i in range(150)], []
-    for number, (first, last) in enumerate(((0, 40), (40, 90), (90, 150))):
-        table = pyarrow.table({"text": texts[first:last], "url": ["x"] * (last - first)})
-        files.append(str(tmp_path / f"{number:04d}.parquet"))
-        pyarrow.parquet.write_table(table, files[-1], row_group_size=16)
-    load_dataset = datasets.load_dataset
-
-    def load(path, config, split, streaming, revision):
-        assert (path, split, streaming) == ("Skylion007/openwebtext", "train", True)
-        return load_dataset("parquet", data_files={"train": files}, split=split, streaming=True, cache_dir=tmp_path)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(training_corpora.time, "sleep", lambda seconds: None)
-    return texts
-
-
-@pytest.fixture
-def tables(real_rows, monkeypatch):
-    """What `datasets` reads of parquet files: [(file, row group), ...], and `fail`: how many readings break off."""
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
-    read, record = Parquet._generate_tables, SimpleNamespace(read=[], fail=[])
-
-    def recorded(self, files, row_groups_list):
-        for group, (key, table) in enumerate(read(self, files, row_groups_list)):
-            record.read.append((Path(files[0]).stem, group))
-            if record.read[-1] in record.fail:
-                record.fail.remove(record.read[-1])
-                raise ConnectionError("Server Disconnected")
-            yield key, table
-
-    monkeypatch.setattr(Parquet, "_generate_tables", recorded)
-    return record
-
-
-def test_real_rows_go_on_behind_each_of_them(real_rows):
-    places = [here() for _, here in CORPUS_REGISTRY["openwebtext"]().placed_documents()]
-    for n in [1, 15, 16, 17, 39, 40, 41, 89, 90, 149, 150]:
-        place = json.loads(json.dumps(places[n - 1]))
-        for version in (place["version"], "4.0.0"):  # the state of `datasets`, or skip()
-            rest = CORPUS_REGISTRY["openwebtext"]().placed_documents({**place, "version": version})
-            assert [text for (_, text, _), _ in rest] == real_rows[n:], (n, version)
-
-
-def test_whole_files_before_a_place_are_not_opened(real_rows, tables):
-    """`datasets` goes on from the row group before, which at a file's start is the last one of the file before."""
-    for n, files in ((80, {"0001", "0002"}), (100, {"0001", "0002"}), (110, {"0002"})):
-        *_, (_, here) = islice(CORPUS_REGISTRY["openwebtext"]().placed_documents(), n)
-        tables.read.clear()
-        list(CORPUS_REGISTRY["openwebtext"]().placed_documents(here()))
-        assert {file for file, _ in tables.read} == files
-
-
-def test_a_real_stream_that_breaks_off_is_taken_up(real_rows, tables):
-    tables.fail += [("0000", 1), ("0001", 0), ("0001", 0), ("0002", 3)]
-    documents = list(CORPUS_REGISTRY["openwebtext"]().documents())
-    assert [text for _, text, _ in documents] == real_rows and not tables.fail

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import training_logger as logger
+import training_run_record as run_record
 from model_builder import ConfigurableGPT
 from training_config import TrainConfig
 from training_ledger import Ledger
@@ -194,8 +195,8 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
     def missing(*_, **__):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(logger.subprocess, "run", missing)
-    assert logger.git_state() == {"commit": None, "dirty": None}
+    monkeypatch.setattr(run_record.subprocess, "run", missing)
+    assert run_record.git_state() == {"commit": None, "dirty": None}
 
 
 def test_norms_by_layer_are_those_of_all_their_tensors(tiny):

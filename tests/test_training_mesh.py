@@ -37,7 +37,8 @@ CPU = torch.device("cpu")
 # An objective whose rows hold two documents and end early, each elsewhere: ranks supervise different numbers of tokens.
 PADDED = """
 import torch
-from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, CausalLM
+from model_config import IGNORE_INDEX
+from training_objectives import OBJECTIVE_REGISTRY, CausalLM
 
 @OBJECTIVE_REGISTRY("padded")
 class Padded(CausalLM):

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 import training_objectives
 from model_builder import ConfigurableGPT, parameter_plan
+from model_config import IGNORE_INDEX
 from model_helpers import scrambled
 from registry import options_of
 from training_config import TrainConfig
 from training_data import ValidationSet
 from training_objectives import (
-    IGNORE_INDEX,
     OBJECTIVE_REGISTRY,
     CausalLM,
     ChunkedLinearCrossEntropy,

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model_builder import ConfigurableGPT, ParameterSpec, parameter_plan
+from model_builder import ConfigurableGPT, parameter_plan
+from model_parameters import ParameterSpec
 from training_config import TrainConfig
 from training_optim import (
     OPTIMIZER_REGISTRY,

@@ -185,7 +185,7 @@ KINDS = {
 }
 MODES = {"DDP": (), "ZeRO-1": ("--use_zero1=True",), "FSDP2": ("--use_fsdp=True",)}
 STEPS = ("--n_layer=2", "--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4", "--warmup_iters=2",
-         "--lr_decay_iters=10")  # fmt: skip
+         "--lr_decay_iters=10", "--eval_interval=10")  # fmt: skip
 HALF = ("--dtype=float16", "--max_iters=8", "--z_loss=100.0")  # at which the scaler begins too high
 SHUFFLED = {
     "ddp to zero1": ((), MODES["ZeRO-1"]),

@@ -10,12 +10,13 @@ import torch
 
 import training_corpora
 import training_games
+from model_config import IGNORE_INDEX
 from test_training_games import SMALL
 from training_config import TrainConfig
 from training_data import BatchStream, Dataset, Prefetcher, ValidationSet, load_dataset
 from training_helpers import write_games
 from training_prepare import prepare, prepare_from_command_line, summary_of
-from training_records import IGNORE_INDEX, write_records
+from training_records import write_records
 from user_errors import UserError
 
 

@@ -17,8 +17,8 @@ import torch
 
 import training_prepare
 import training_shards
-from test_training_corpora import HubRows, real_rows, tables, write_lines  # noqa: F401 - two are fixtures
-from test_training_data import Endless, StubDataset, flip_a_byte, settings
+from corpora_helpers import HubRows, real_rows, tables, write_lines  # noqa: F401 - two are fixtures
+from data_helpers import Endless, StubDataset, flip_a_byte, settings
 from training_data import BatchStream, Dataset, ValidationSet, load_dataset
 from training_prepare import prepare, prepare_from_command_line, summary_of
 from training_shards import PROGRESS, open_locked
@@ -493,8 +493,8 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(tmp_path):
 
 @pytest.fixture
 def hub_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr("training_corpora.latest_revision", lambda path, revision: "f3808c3")
-    monkeypatch.setattr("training_corpora.HubCorpus.val_one_in", 10)
+    monkeypatch.setattr("training_corpora_hub.latest_revision", lambda path, revision: "f3808c3")
+    monkeypatch.setattr("training_corpora_hub.HubCorpus.val_one_in", 10)
     return settings(tmp_path, dataset="openwebtext", tokenizer="byte", shard_tokens=1024)
 
 
@@ -523,9 +523,9 @@ def test_the_revision_it_was_begun_with_holds(hub_settings, monkeypatch):
             return HubRows([f"page {i} of some length" for i in range(200)], Hub.breaks)
 
     monkeypatch.setitem(sys.modules, "datasets", Hub)
-    monkeypatch.setattr("training_corpora.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("training_corpora_hub.time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match="Server Disconnected"):
         prepare(hub_settings, 1, 100, quiet=True)
-    monkeypatch.setattr("training_corpora.latest_revision", lambda path, revision: "a later one")
+    monkeypatch.setattr("training_corpora_hub.latest_revision", lambda path, revision: "a later one")
     folder = prepare(hub_settings, 1, 100, quiet=True)
     assert set(asked) == {"f3808c3"} and read_meta(folder)["revision"] == "f3808c3"

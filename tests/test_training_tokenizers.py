@@ -8,19 +8,15 @@ import numpy as np
 import pytest
 
 from training_tokenizers import (
-    NUL,
-    SPACE,
     TOKENIZER_REGISTRY,
-    FolderTokenizer,
-    as_text,
-    byte_characters,
-    learn_unigram,
     load_tokenizer,
-    split_into_words,
     tokenizer_from_meta,
     tokenizer_identity,
     tokenizer_part,
 )
+from training_tokenizers_base import NUL, as_text, byte_characters
+from training_tokenizers_hf import SPACE, FolderTokenizer
+from training_tokenizers_learned import learn_unigram, split_into_words
 from user_errors import UserError
 
 STORY = "Once upon a time there was a fish. The fish liked to swim, and the other fishes liked it too.\n"
@@ -125,7 +121,7 @@ def test_learning_from_nothing_still_knows_the_bytes(name):
 
 def test_learning_reads_documents_one_at_a_time(monkeypatch):
     """It stops reading once it has seen enough, so a corpus of any size can be learned from."""
-    monkeypatch.setattr("training_tokenizers.LEARN_FROM_BYTES", 10 * len(STORY))
+    monkeypatch.setattr("training_tokenizers_learned.LEARN_FROM_BYTES", 10 * len(STORY))
     read = []
 
     def endless():

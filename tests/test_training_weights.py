@@ -7,7 +7,8 @@ import torch
 
 import training_weights
 from mixer_attention import MIXER_REGISTRY
-from model_builder import ConfigurableGPT, DeclarationError, on_meta
+from model_builder import ConfigurableGPT, on_meta
+from model_parameters import DeclarationError
 from training_helpers import torchrun
 
 # Every model is built on two ranks as train.py builds it, made whole again, and held to the model of one process.

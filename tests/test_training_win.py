@@ -15,12 +15,13 @@ import evaluate
 import sample
 from mixer_attention import MIXER_REGISTRY
 from model_builder import ConfigurableGPT, parameter_plan
+from model_config import IGNORE_INDEX
 from model_flops import flops_per_token
 from model_helpers import scrambled
 from training_checkpoint import load_model, save_checkpoint
 from training_config import TrainConfig
 from training_helpers import assert_same_run, book, read_json, rows, summary, weights, workshop, write_games
-from training_objectives import IGNORE_INDEX, OBJECTIVE_REGISTRY, CausalLM
+from training_objectives import OBJECTIVE_REGISTRY, CausalLM
 from training_weights import whole_weights
 from training_win import N_BINS, N_STAGES, win_scores, win_sums
 from user_errors import UserError
