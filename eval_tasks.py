@@ -10,7 +10,6 @@ import json
 import math
 from dataclasses import asdict
 
-from comparison_evals import FEW_TARGETS
 from eval_loss import measure_loss, multiples_for, position_labels
 from eval_probes import Probe
 from eval_probing import ask_probe, check_can_ask
@@ -113,6 +112,9 @@ class PromptTask:
                 for place, results in evaluated for key, numbers in breakdown(results, name).items()
             ]  # fmt: skip
         return write_tables(tables, folder)
+
+
+FEW_TARGETS = 0.01  # of all, that a group of frequency needs to be drawn; comparison_evals has the same
 
 
 class LossTask:

@@ -52,10 +52,10 @@ class StateSpaceMixer(Mixer):
         self.d_inner, self.d_state = max(1, round(o.expand * config.n_embd)), o.d_state
         self.form = o.recurrence
 
-    def scan(self, x, dt, A, B, C, state, cuts):
+    def scan(self, x, dt, A, B, C, state, cuts, *more):
         """(y, the last state) by the form that is chosen; a single token from a state is the equation itself."""
-        is_step = x.size(1) == 1 and state is not None
-        return self.forms["recurrent" if is_step else self.form](x, dt, A, B, C, state, cuts, self.options.chunk_size)
+        form = self.forms["recurrent" if x.size(1) == 1 and state is not None else self.form]
+        return form(x, dt, A, B, C, state, cuts, self.options.chunk_size, *more)
 
     def forward(self, x, positions=None, document_ids=None):
         return self.mix(x, None, document_runs(document_ids))[0]
@@ -196,8 +196,8 @@ class Mamba2(StateSpaceMixer):
         x, B, C = xBC.split((self.d_inner, G * N, G * N), dim=-1)
         x = x.reshape(batch, T, self.n_heads, self.headdim)
         B, C, A = B.reshape(batch, T, G, N), C.reshape(batch, T, G, N), -_at_least_float32(self.A_log).exp()
-        y, after = self.scan(x, dt, A, B, C, None if state is None else state["ssm"], runs)
-        y = torch.addcmul(y, x, self.D[:, None]).reshape(batch, T, -1).to(z.dtype)
+        y, after = self.scan(x, dt, A, B, C, None if state is None else state["ssm"], runs, _at_least_float32(self.D))
+        y = y.reshape(batch, T, -1).to(z.dtype)
         return self.out_proj(self.norm(y, z)), {"conv": conv_state, "ssm": after}
 
     def init_state(self, batch, device=None, dtype=None):

@@ -173,11 +173,11 @@ selective_scan = scan_operator("selective_scan", _scan_forward, _scan_backward, 
 # ---- Mamba-2: state space duality -----------------------------------------------------------------------------------
 #
 # x (B, T, H, P), heads H of width P; dt (B, T, H); A (H,), negative; B, C (B, T, G, N), for the R = H / G heads
-# of a group; state (B, G, N, R, P); runs (B, T) or None -> y (B, T, H, P), state after the last token.
+# of a group; D (H,) or None; state (B, G, N, R, P); runs (B, T) or None -> y (B, T, H, P), state after the last token.
 
 
-def ssd_recurrent(x, dt, A, B, C, state=None, runs=None, chunk_size=None):
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t, with one decay for all of a head."""
+def ssd_recurrent(x, dt, A, B, C, state=None, runs=None, chunk_size=None, D=None):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t, with one decay for all of a head."""
     columns, (batch, T, H, P), (G, N) = [], x.shape, B.shape[2:]
     state = x.new_zeros(batch, G, N, H // G, P) if state is None else state
     keep = [None] * T if runs is None else goes_on(runs, x.dtype).unbind(1)
@@ -188,16 +188,21 @@ def ssd_recurrent(x, dt, A, B, C, state=None, runs=None, chunk_size=None):
         written = (dt_t[..., None] * x_t).view(batch, G, 1, -1, P) * B_t[..., None, None]
         state = decay.view(batch, G, 1, -1, 1) * state + written
         columns.append((C_t[..., None, None] * state).sum(2).view(batch, H, P))
-    return torch.stack(columns, dim=1), state
+    return _skipped(torch.stack(columns, dim=1), x, D), state
 
 
-def ssd_chunked(x, dt, A, B, C, state=None, runs=None, chunk_size=64):
+def _skipped(y, x, D):
+    """y + D x, D (H,) or None."""
+    return y if D is None else torch.addcmul(y, x, D[:, None])
+
+
+def ssd_chunked(x, dt, A, B, C, state=None, runs=None, chunk_size=64, D=None):
     """The same in chunks of Q tokens (Dao & Gu 2024, section 6): attention within, states passed from one to the next.
 
     No decay is ever divided by: each is exp of a sum of terms below zero. `state=None` is zeros, and then no state
     comes back either, so that nothing is computed for it.
     """
-    (batch, T, H, P), (G, N), Q = x.shape, B.shape[2:], min(chunk_size, x.size(1))
+    (batch, T, H, P), (G, N), Q, text = x.shape, B.shape[2:], min(chunk_size, x.size(1)), x
     n = -(-T // Q)
     if n * Q != T:  # dt = 0 neither forgets nor writes
         x, dt, B, C = (F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, n * Q - T)) for tensor in (x, dt, B, C))
@@ -209,7 +214,7 @@ def ssd_chunked(x, dt, A, B, C, state=None, runs=None, chunk_size=64):
     dt = dt.view(batch, n, Q, H).transpose(2, 3)
     weights = _chunk_weights(total, dt, runs)
     y, state = ChunkedSSD.apply(x.view(batch, n, Q, H, P), *weights, B, C, _blind(Q, runs, total.device), state)
-    return y.reshape(batch, n * Q, H, P)[:, :T], state
+    return _skipped(y.reshape(batch, n * Q, H, P)[:, :T], text, D), state
 
 
 def _chunk_weights(total, dt, runs):

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import cpu_norm, grouped
+import kernels
 from model_builder import ConfigurableGPT, on_meta, parameter_plan
 from training_mesh import parts_with, split_share
 from training_objectives import OBJECTIVE_REGISTRY
@@ -200,9 +200,7 @@ def bare_objective(settings, place):
     """The objective over a model that computes as it would at this place, with its blocks checkpointed as asked."""
     kind = OBJECTIVE_REGISTRY[settings.train.objective]
     model = ConfigurableGPT(settings.model, heads=kind.heads)
-    if place.device.type == "cpu" and settings.train.kernel_backend == "auto":
-        cpu_norm.install(model)
-    grouped.install_without_data(model)
+    kernels.install_without_data(model, place.device, settings.train.kernel_backend)
     for module in model.modules():
         if hasattr(module, "without_data"):
             module.without_data()

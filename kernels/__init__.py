@@ -11,6 +11,7 @@ A mixer offers itself by naming its `operation` and keeping its recurrence in `f
 stands for forms['chunk'], with the same arguments. To add one, add a line to KERNELS.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,6 +63,11 @@ KERNELS = [  # the first that is here and passes is taken
 ]  # fmt: skip
 
 
+COMPILED_PARTS = {  # in C, what is no recurrence
+    "short conv": cpu_conv.install, "gated norm": cpu_gate.install, "experts": cpu_experts.install,
+}  # fmt: skip
+
+
 class Choice(dict):
     """{part: kernel}, and in `not_taken` {part: {kernel: why not}}, each reason to follow the kernel's name."""
 
@@ -107,9 +113,8 @@ def choose(model, device, backend, dtype=torch.float32):
         if cpu_ffn.install(model):
             choice["ffn"] = "one node"
     if device.type == "cpu" and backend in ("auto", "compiled"):
-        choose_compiled(choice, model, "short conv", cpu_conv.install)
-        choose_compiled(choice, model, "gated norm", cpu_gate.install)
-        choose_compiled(choice, model, "experts", cpu_experts.install)
+        for part, install in COMPILED_PARTS.items():
+            choose_compiled(choice, model, part, install)
     for part, mixers in mixers_by_part(model).items():
         if mixers[0].operation == "attention":
             choose_attention(choice, part, mixers, model.config, device, backend, dtype)
@@ -149,7 +154,7 @@ def choose_linear(choice, model, device, backend):
 
 
 def choose_compiled(choice, model, part, install):
-    """C for what is no recurrence."""
+    """One of COMPILED_PARTS, where this machine compiles it and it is right."""
     try:
         if install(model):
             choice[part] = "compiled"
@@ -205,3 +210,27 @@ def insist(choice, backend):
         raise UserError(
             f"kernel_backend={backend!r} has nothing to compute in a model of {', '.join(choice)}; use 'auto'"
         )
+
+
+def install_without_data(model, device, backend):
+    """Let `model` hold, on tensors without data, what it would hold as `choose` leaves it: nothing can be checked."""
+    grouped.install_without_data(model)
+    if device.type != "cpu" or backend not in ("auto", "compiled"):
+        return
+    if backend == "auto":
+        cpu_norm.install(model)
+    with contextlib.suppress(libraries.AbsentError):
+        for install in COMPILED_PARTS.values():
+            install(model, check=False)
+    for mixers in mixers_by_part(model).values():
+        for kernel in KERNELS:
+            if (kernel.name, kernel.operation) == ("compiled", mixers[0].operation):
+                install_form(mixers, kernel, device)
+
+
+def install_form(mixers, kernel, device):
+    """The form of a compiled kernel, where there is one and the mixers would use it."""
+    with contextlib.suppress(libraries.AbsentError):
+        fast = kernel.find(mixers[0].forms["chunk"], device, torch.float32)
+        for mixer in mixers:
+            mixer.forms = {**mixer.forms, "chunk": fast}

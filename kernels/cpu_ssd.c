@@ -1,11 +1,11 @@
 /* Mamba-2's scan in chunks, forward and backward; kernels/cpu_ssd.py compiles and calls it.
 
-       h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t        y_t = C_t h_t        (Dao & Gu 2024, section 6)
+       h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t        y_t = C_t h_t + D x_t        (Dao & Gu 2024, section 6)
 
    Within a chunk of Q tokens, with S_t the running sum of dt A in it, y_l = sum over s <= l of
    (C_l . B_s) exp(S_l - S_s) dt_s x_s, and beside it exp(S_l) C_l h from the state h before the chunk.
 
-   x, y (batch, T, H, P); dt (batch, T, H); A (H), negative; B, C (batch, T, G, N) for the R = H / G heads of a group; x, B
+   x, y (batch, T, H, P); dt (batch, T, H); A, D (H), A negative; B, C (batch, T, G, N) for the R = H / G heads of a group; x, B
    and C with `stride` floats from token to token; begin (batch, T) or NULL: where the document of a token begins;
    before (chunks, batch, H, N, P), the states before chunks. A thread takes HEADS heads of a group through one sequence.
    Nothing is divided by a decay: each is exp of a sum of terms below zero. */
@@ -15,7 +15,7 @@
 #define HEADS 4 /* that share C . B; cpu_ssd.py knows it too */
 
 typedef struct {
-    const float *x, *dt, *A, *B, *C;
+    const float *x, *dt, *A, *B, *C, *D;
     const int32_t *begin;
     int64_t batch, T, H, P, G, N, Q, x_stride, B_stride, C_stride;
 } scan;
@@ -134,11 +134,11 @@ static float load_head(const scan *s, space *w, int64_t b, int64_t h, int64_t st
     return w->from_start[n - 1];
 }
 
-void ssd_forward(const float *x, const float *dt, const float *A, const float *B, const float *C, const int32_t *begin,
-                 float *y, float *before, float *scratch, int64_t size, int64_t batch, int64_t T, int64_t H, int64_t P,
+void ssd_forward(const float *x, const float *dt, const float *A, const float *B, const float *C, const float *D,
+                 const int32_t *begin, float *y, float *before, float *scratch, int64_t size, int64_t batch, int64_t T, int64_t H, int64_t P,
                  int64_t G, int64_t N, int64_t Q, int64_t x_stride, int64_t B_stride, int64_t C_stride,
                  int64_t threads) {
-    const scan settings = {x, dt, A, B, C, begin, batch, T, H, P, G, N, Q, x_stride, B_stride, C_stride};
+    const scan settings = {x, dt, A, B, C, D, begin, batch, T, H, P, G, N, Q, x_stride, B_stride, C_stride};
     const scan *s = &settings;
     const int64_t R = H / G, blocks = (R + HEADS - 1) / HEADS;
 #pragma omp parallel for schedule(static) num_threads((int)threads)
@@ -160,6 +160,8 @@ void ssd_forward(const float *x, const float *dt, const float *A, const float *B
                     product(n, Pp, N, w->C, Np, 1, state, Pp, w->weighed, Pp, 1.0f, 0);
                     scale_rows(w->y, w->weighed, w->from_start, n, Pp, 1);
                 }
+                for (int64_t j = 0; j < n * Pp; j += LANES)
+                    put(w->y + j, first(w->y + j, LANES) + first(w->x + j, LANES) * D[h], LANES);
                 rows_out(w->y, n, P, Pp, y + ((b * T + start) * H + h) * P, H * P);
                 rows_out(state, N, P, Pp, before + ((start / Q * batch + b) * H + h) * N * P, P);
                 if (start + n == T) continue;
@@ -226,12 +228,12 @@ static void backward_within(const scan *s, space *w, int64_t n) {
     for (int64_t t = 0; t < n; t++) w->of_sums[t] -= w->of_dt[t] * w->dt[t];
 }
 
-/* grad_B, grad_C (blocks of heads, batch, T, G, N) and grad_A (batch, H) are for the caller to add up. */
+/* grad_B, grad_C (blocks of heads, batch, T, G, N) and grad_A, grad_D (batch, H) are for the caller to add up. */
 void ssd_backward(const float *grad_y, const float *x, const float *dt, const float *A, const float *B, const float *C,
-                  const int32_t *begin, const float *before, float *grad_x, float *grad_dt, float *grad_A, float *grad_B,
-                  float *grad_C, float *scratch, int64_t size, int64_t batch, int64_t T, int64_t H, int64_t P, int64_t G,
+                  const float *D, const int32_t *begin, const float *before, float *grad_x, float *grad_dt, float *grad_A,
+                  float *grad_B, float *grad_C, float *grad_D, float *scratch, int64_t size, int64_t batch, int64_t T, int64_t H, int64_t P, int64_t G,
                   int64_t N, int64_t Q, int64_t x_stride, int64_t B_stride, int64_t C_stride, int64_t threads) {
-    const scan settings = {x, dt, A, B, C, begin, batch, T, H, P, G, N, Q, x_stride, B_stride, C_stride};
+    const scan settings = {x, dt, A, B, C, D, begin, batch, T, H, P, G, N, Q, x_stride, B_stride, C_stride};
     const scan *s = &settings;
     const int64_t R = H / G, blocks = (R + HEADS - 1) / HEADS;
 #pragma omp parallel for schedule(static) num_threads((int)threads)
@@ -241,7 +243,7 @@ void ssd_backward(const float *grad_y, const float *x, const float *dt, const fl
         space work, *w = &work;
         lay_out(w, s, scratch + omp_get_thread_num() * size);
         const int64_t Pp = w->Pp, Np = w->Np, Qp = w->Qp;
-        float of_A[HEADS] = {0};
+        float of_A[HEADS] = {0}, of_D[HEADS] = {0};
         memset(w->of_states, 0, sizeof(float) * HEADS * N * Pp);
         memset(w->turned, 0, sizeof(float) * P * Np);
         for (int64_t start = (T - 1) / Q * Q; start >= 0; start -= Q) {
@@ -257,6 +259,9 @@ void ssd_backward(const float *grad_y, const float *x, const float *dt, const fl
                 rows_in(before + ((start / Q * batch + b) * H + h) * N * P, N, P, P, state, Pp);
                 rows_in(grad_y + (at * H + h) * P, n, P, H * P, w->grad, Pp);
                 backward_within(s, w, n);
+                of_D[i] += dot(w->grad, w->x, n * Pp);
+                for (int64_t j = 0; j < n * Pp; j += LANES)
+                    put(w->of_x + j, first(w->of_x + j, LANES) + first(w->grad + j, LANES) * D[h], LANES);
                 if (start + n < T) backward_written(s, w, state, of_state, n, through);
                 if (start) backward_read(s, w, state, of_state, n);
                 rows_out(w->of_x, n, P, Pp, grad_x + (at * H + h) * P, H * P);
@@ -273,6 +278,9 @@ void ssd_backward(const float *grad_y, const float *x, const float *dt, const fl
             rows_out(w->of_B, n, N, Np, grad_B + to, G * N);
             rows_out(w->of_C, n, N, Np, grad_C + to, G * N);
         }
-        for (int64_t i = 0; i < heads; i++) grad_A[b * H + g * R + r + i] = of_A[i];
+        for (int64_t i = 0; i < heads; i++) {
+            grad_A[b * H + g * R + r + i] = of_A[i];
+            grad_D[b * H + g * R + r + i] = of_D[i];
+        }
     }
 }

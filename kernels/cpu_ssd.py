@@ -25,39 +25,40 @@ def find(plain, device, dtype):
         raise AbsentError("is for CPUs")
     compiled.library("cpu_ssd")
 
-    def form(x, dt, A, B, C, state=None, runs=None, chunk_size=64):
-        if state is not None or not compiled.takes(x, dt, A, B, C):
-            return plain(x, dt, A, B, C, state, runs, chunk_size)
-        return SSDFunction.apply(x, dt, A, B, C, runs, min(chunk_size, x.size(1))), None
+    def form(x, dt, A, B, C, state=None, runs=None, chunk_size=64, D=None):
+        D = x.new_zeros(x.size(2)) if D is None else D
+        if state is not None or not compiled.takes(x, dt, A, B, C, D):
+            return plain(x, dt, A, B, C, state, runs, chunk_size, D)
+        return SSDFunction.apply(x, dt, A, B, C, D, runs, min(chunk_size, x.size(1))), None
 
     return form
 
 
 class SSDFunction(torch.autograd.Function):
-    """x (B, T, H, P), dt (B, T, H), A (H,), B and C (B, T, G, N), runs (B, T) or None, Q -> y (B, T, H, P)."""
+    """x (B, T, H, P), dt (B, T, H), A and D (H,), B and C (B, T, G, N), runs (B, T) or None, Q -> y (B, T, H, P)."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, runs, Q):
+    def forward(ctx, x, dt, A, B, C, D, runs, Q):
         x, B, C = (tensor if lies_in_rows(tensor) else tensor.contiguous() for tensor in (x, B, C))
         (batch, T, H, P), (G, N), begin = x.shape, B.shape[2:], None if runs is None else beginnings(runs)
-        dt, A = dt.contiguous(), A.contiguous()
+        dt, A, D = dt.contiguous(), A.contiguous(), D.contiguous()
         ctx.sizes = batch, T, H, P, G, N, Q, x.stride(1), B.stride(1), C.stride(1)
         y, before = torch.empty(x.shape), torch.empty(-(-T // Q), batch, H, N, P)
-        _run("ssd_forward", ctx.sizes, x, dt, A, B, C, begin, y, before)
-        ctx.save_for_backward(x, dt, A, B, C, begin, before)
+        _run("ssd_forward", ctx.sizes, x, dt, A, B, C, D, begin, y, before)
+        ctx.save_for_backward(x, dt, A, B, C, D, begin, before)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, dt, A, B, C, begin, before = ctx.saved_tensors
+        x, dt, A, B, C, D, begin, before = ctx.saved_tensors
         (batch, _, H, _), G = x.shape, B.size(2)
         blocks = -(-(H // G) // HEADS)
-        grad_x, grad_dt, grad_A = torch.empty(x.shape), torch.empty(dt.shape), torch.empty(batch, H)
+        grad_x, grad_dt, (grad_A, grad_D) = torch.empty(x.shape), torch.empty(dt.shape), torch.empty(2, batch, H)
         grad_B, grad_C = torch.empty(blocks, *B.shape), torch.empty(blocks, *C.shape)
-        outputs = grad_x, grad_dt, grad_A, grad_B, grad_C
-        _run("ssd_backward", ctx.sizes, grad.contiguous(), x, dt, A, B, C, begin, before, *outputs)
-        return grad_x, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), None, None
+        outputs = grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D
+        _run("ssd_backward", ctx.sizes, grad.contiguous(), x, dt, A, B, C, D, begin, before, *outputs)
+        return grad_x, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), grad_D.sum(0), None, None
 
 
 def _run(name, sizes, *tensors):

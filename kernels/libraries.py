@@ -118,10 +118,11 @@ def ssd_form(mamba_chunk_scan_combined, plain, dtype):
     """mamba_chunk_scan_combined(x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, G, N), chunk) -> (B, T, H, P)."""
     call = torch.compiler.disable(_call_ssd)
 
-    def form(x, dt, A, B, C, state=None, runs=None, chunk_size=64):
+    def form(x, dt, A, B, C, state=None, runs=None, chunk_size=64, D=None):
         if state is not None:
-            return plain(x, dt, A, B, C, state, runs, chunk_size)
-        return call(mamba_chunk_scan_combined, x, dt, A, B, C, runs, dtype), None
+            return plain(x, dt, A, B, C, state, runs, chunk_size, D)
+        y = call(mamba_chunk_scan_combined, x, dt, A, B, C, runs, dtype)
+        return y if D is None else torch.addcmul(y, x, D[:, None]), None
 
     return form
 

@@ -2,7 +2,11 @@
 
 #include "vectors.h"
 
-#define TILE 6 /* rows whose sums stay in registers */
+#ifdef __AVX512F__
+#define TILE 8 /* rows whose sums stay in registers */
+#else
+#define TILE 6
+#endif
 
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
@@ -22,7 +26,7 @@ static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES
 
 static inline void tile(int64_t rows, int64_t K, const float *a, int64_t row, int64_t step, const float *b,
                         int64_t ldb, float *c, int64_t ldc, float factor, int adds) {
-    switch (rows) { OF_ROWS(1) OF_ROWS(2) OF_ROWS(3) OF_ROWS(4) OF_ROWS(5) OF_ROWS(6) }
+    switch (rows) { OF_ROWS(1) OF_ROWS(2) OF_ROWS(3) OF_ROWS(4) OF_ROWS(5) OF_ROWS(6) OF_ROWS(7) OF_ROWS(8) }
 }
 
 /* c (M, N) = [c +] factor a (M, K) b (K, N), N a multiple of LANES; b and c row by row, a with any strides */

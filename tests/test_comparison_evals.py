@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import compare_architectures
+import comparison_evals
 import eval_lm_harness
 import eval_tasks
 from comparison_evals import KINDS, eval_problems, findings_of, groups_of
@@ -160,6 +161,7 @@ def test_panels_hold_a_number_of_each_run(runs_dir):
 def test_frequencies_that_few_targets_have_are_not_drawn(runs_dir):
     line = loss_line()
     line["parts"]["whole"]["all"]["targets"], line["parts"]["frequency"]["never"]["targets"] = 1000, 9
+    assert comparison_evals.FEW_TARGETS == eval_tasks.FEW_TARGETS
     append(runs_dir / "b", line)
     found, ranking = found_in(runs_dir)
     b = ranking.configurations[1]

@@ -103,11 +103,12 @@ def test_the_scan_is_one_node_that_keeps_a_state_per_chunk():
     (1, 2, 3, 1, 4, 8), (8, 2, 16, 2, 16, 8), (17, 6, 5, 1, 20, 8), (40, 10, 3, 2, 4, 16), (70, 1, 33, 1, 7, 64),
 ])  # fmt: skip
 def test_ssd_and_gradients(T, H, P, G, N, Q, documents):
-    inputs = mamba2_inputs(T, H=H, P=P, G=G, N=N)[:5]
+    inputs = [*mamba2_inputs(T, H=H, P=P, G=G, N=N)[:5], torch.linspace(-1, 2, H, dtype=torch.float64)]
     runs = runs_of(2, T) if documents else None
     form = cpu_ssd.find(None, CPU, torch.float32)
-    wanted = outputs_and_gradients(lambda *i: ssd_recurrent(*i, runs=runs)[0], inputs)
-    got = outputs_and_gradients(lambda *i: form(*i, runs=runs, chunk_size=Q)[0], [x.float() for x in inputs])
+    wanted = outputs_and_gradients(lambda *i: ssd_recurrent(*i[:5], runs=runs, D=i[5])[0], inputs)
+    floats = [tensor.float() for tensor in inputs]
+    got = outputs_and_gradients(lambda *i: form(*i[:5], runs=runs, chunk_size=Q, D=i[5])[0], floats)
     if T == 1:  # no decay ever reads
         assert not wanted[4].any() and not got[4].abs().gt(1e-6).any()
         wanted[4] = got[4]
