@@ -94,7 +94,10 @@ def experts(module, x, chosen, weights, up, down, use_grouped_mm, counts_of=true
     else:
         counts = counts_of(loads, order.numel())
         groups = zip(rows.split(counts), row_weights.split(counts), up.unbind(0), down.unbind(0), strict=True)
-        y = torch.cat([F.linear(hidden(F.linear(x_e, up_e), w_e), down_e) for x_e, w_e, up_e, down_e in groups])
+        y = torch.cat([
+            F.linear(hidden(F.linear(x_e, up_e), w_e), down_e)
+            for x_e, w_e, up_e, down_e in groups if len(x_e) or not len(rows)  # one token leaves most experts alone
+        ])  # fmt: skip
     return Collect.apply(y, order, inverse).to(x.dtype)
 
 
