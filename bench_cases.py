@@ -75,7 +75,8 @@ class Candidate:
             self.name, self.generate = "nanoArch", lambda idx, n: ours.generate(idx, n, temperature=0)
             ours.to(place.device)
             dtype = training_place.DTYPES[place.dtype]
-            self.kernels = kernels.choose(ours, place.device, self.train.kernel_backend, dtype)
+            will_compile = parallel.wants_compile(self.train, place)
+            self.kernels = kernels.choose(ours, place.device, self.train.kernel_backend, dtype, will_compile)
             self.module, self.clip = OBJECTIVE_REGISTRY[self.train.objective](ours, self.train), clip_gradients
             make = OPTIMIZER_REGISTRY[self.train.optimizer]
             self.optimizers = make(plan, dict(ours.named_parameters()), self.train, place.device)

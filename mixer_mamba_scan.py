@@ -8,6 +8,8 @@ form is, for Mamba-1, the same loop in buffers that stay in cache, its states co
 matrix products within chunks, and a loop over chunks. kernels/ may have a faster one for the device.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -149,21 +151,23 @@ def scan_operator(name, forward, backward, chunk_size):
         ctx.set_materialize_grads(False)  # the third output has as many zeros as states are kept
         ctx.save_for_backward(x, dt, B, C, A, output[2], keep)
 
+    backward_of_it = getattr(torch.ops.nanoarch, f"{name}_backward")
+
     def differentiate(ctx, grad_y, grad_state, _):
         *saved, keep = ctx.saved_tensors
         grad_y = torch.zeros_like(saved[0]) if grad_y is None else grad_y
         grad_state = torch.zeros_like(saved[-1][0]) if grad_state is None else grad_state
-        return *backward_call(grad_y, grad_state, *saved, keep, ctx.chunk_size), None, None
+        return *backward_of_it(grad_y, grad_state, *saved, keep, ctx.chunk_size), None, None
 
     operator.register_autograd(differentiate, setup_context=save_for_backward)
-    call, backward_call = (getattr(torch.ops.nanoarch, name + end) for end in ("", "_backward"))
+    return functools.partial(_call, name, chunk_size)
 
-    def scan(x, dt, A, B, C, state=None, keep=None, chunk_size=chunk_size):
-        state = x.new_zeros(x.size(0), *A.shape) if state is None else state
-        y, state, _ = call(x, dt, B, C, A, state, keep, chunk_size)
-        return y, state
 
-    return scan
+def _call(name, usual_chunk_size, x, dt, A, B, C, state=None, keep=None, chunk_size=None):
+    """(y, the last state) by the operator of that name."""
+    state = x.new_zeros(x.size(0), *A.shape) if state is None else state
+    y, state, _ = getattr(torch.ops.nanoarch, name)(x, dt, B, C, A, state, keep, chunk_size or usual_chunk_size)
+    return y, state
 
 
 # The same, without holding a state per token: one per `chunk_size` tokens is kept for backward (section 3.3.2).
@@ -224,13 +228,14 @@ def _chunk_weights(total, dt, runs):
     the chunk's end, dt included; from_start from its start to a token; through (B, n, H) from its start to its end.
     """
     key = total - dt.clamp_min(torch.finfo(dt.dtype).tiny).log()
-    to_end, from_start, through = (total[..., -1:] - total).exp() * dt, total.exp(), total[..., -1].exp()
+    left, from_start, through = total[..., -1:] - total, total.exp(), total[..., -1].exp()
     if runs is not None:  # what crosses a boundary is lost
         last = runs[..., -1]  # (B, n)
         before = torch.cat((runs[:, :1, 0], last[:, :-1]), dim=1)
-        to_end = to_end * (runs == last[..., None])[:, :, None]
+        left = left.masked_fill((runs != last[..., None])[:, :, None], float("-inf"))  # else above zero, and exp huge
         from_start = from_start * (runs == before[..., None])[:, :, None]
         through = through * (last == before)[..., None]
+    to_end = left.exp() * dt
     return total, key, to_end, from_start, through
 
 

@@ -96,7 +96,8 @@ def train(arguments, closing):
     meter = StepMeter(place.device)
     model.check_device(place.device)
     with blocks_in_memory(model, config.seed, place.device):
-        chosen_kernels = kernels.choose(model, place.device, config.kernel_backend, DTYPES[place.dtype])
+        will_compile = parallel.wants_compile(config, place)
+        chosen_kernels = kernels.choose(model, place.device, config.kernel_backend, DTYPES[place.dtype], will_compile)
     optimizers = OPTIMIZER_REGISTRY[config.optimizer](plan, dict(model.named_parameters()), config, place.device)
     schedule = build_schedule(config, total_steps)
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == "float16")
@@ -120,7 +121,7 @@ def train(arguments, closing):
     parallel.split_weights(model, place)
     checkpoint_activations(model, config)
     module, compiled = objective, "off"
-    if parallel.wants_compile(config, place):
+    if will_compile:
         example = objective.prepare(stream.batches(0, 0, 1, config.batch_size)[0], config.seed)
         module, compiled = parallel.compile_module(objective, example, place, parallel.is_split(config, place))
     module = parallel.wrap(objective, module, place, config)

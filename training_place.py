@@ -239,9 +239,9 @@ def _flat(settings):
 
 
 def code_hash():
-    """Of every Python file beside this one and in kernels/."""
+    """Of every Python file beside this one, and all code in kernels/."""
     digest, here = hashlib.sha256(), Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *here.glob("kernels/*.py")]):
+    for path in sorted([*here.glob("*.py"), *here.glob("kernels/*.py"), *here.glob("kernels/*.[ch]")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

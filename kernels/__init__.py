@@ -46,6 +46,7 @@ class Kernel:
     name: str
     operation: str
     find: Callable
+    is_one_node: bool = True  # to torch.compile; else it steps aside there
 
 
 KERNELS = [  # the first that is here and passes is taken
@@ -53,7 +54,7 @@ KERNELS = [  # the first that is here and passes is taken
     Kernel("triton", "selective_scan", libraries.find_triton_scan),
     Kernel("compiled", "selective_scan", cpu_scan.find),
     Kernel("mamba_ssm", "ssd", libraries.find_mamba_ssm_ssd),
-    Kernel("compiled", "ssd", cpu_ssd.find),
+    Kernel("compiled", "ssd", cpu_ssd.find, is_one_node=False),
     Kernel("fla", "linear",
            libraries.find_fla(libraries.linear_form, "simple_gla.chunk_simple_gla", "gla.chunk_gla")),
     Kernel("fla", "delta",
@@ -63,9 +64,7 @@ KERNELS = [  # the first that is here and passes is taken
 ]  # fmt: skip
 
 
-COMPILED_PARTS = {  # in C, what is no recurrence
-    "short conv": cpu_conv.install, "gated norm": cpu_gate.install, "experts": cpu_experts.install,
-}  # fmt: skip
+COMPILED_PARTS = {"short conv": cpu_conv, "gated norm": cpu_gate, "experts": cpu_experts}  # in C, what is no recurrence
 
 
 class Choice(dict):
@@ -84,13 +83,14 @@ def backends():
     return ("auto", "plain", *dict.fromkeys(("onednn", *(kernel.name for kernel in KERNELS))))
 
 
-def choose(model, device, backend, dtype=torch.float32):
+def choose(model, device, backend, dtype=torch.float32, will_compile=False):
     """Install the fast paths that `backend` allows into `model`, and return the Choice.
 
     Args:
         model: ConfigurableGPT on `device`, neither compiled nor wrapped.
         backend: 'auto', 'plain' for none, or the name of the one kernel to use, which then must be usable.
         dtype: what matrix products run in.
+        will_compile: torch.compile comes after, for which most kernels of CPUs step aside.
 
     Raises:
         UserError: no kernel has that name; or the one that was asked for is absent, fails its check, or has nothing
@@ -108,20 +108,20 @@ def choose(model, device, backend, dtype=torch.float32):
         choice["experts"] = experts
     if backend == "auto" and device.type == "cpu" and cpu_norm.equals_plain() and cpu_norm.install(model):
         choice["norm"] = "fewer passes"
-    if choice["linear"] == "onednn":
+    if choice["linear"] == "onednn" and not will_compile and dtype == torch.float32:
         cpu_attention.install(model)
         if cpu_ffn.install(model):
             choice["ffn"] = "one node"
     if device.type == "cpu" and backend in ("auto", "compiled"):
-        for part, install in COMPILED_PARTS.items():
-            choose_compiled(choice, model, part, install)
+        for part in COMPILED_PARTS:
+            choose_compiled(choice, model, part, "torch.compile" if will_compile else dtype)
     for part, mixers in mixers_by_part(model).items():
         if mixers[0].operation == "attention":
             choose_attention(choice, part, mixers, model.config, device, backend, dtype)
             if all("forward" in vars(mixer) for mixer in mixers):
                 choice[part] += ", one node, compiled" if cpu_attention.compiles() else ", one node"
         else:
-            choose_recurrence(choice, part, mixers, model.config, device, backend, dtype)
+            choose_recurrence(choice, part, mixers, model.config, device, backend, dtype, will_compile)
     if backend not in ("auto", "plain"):
         insist(choice, backend)
     return choice
@@ -153,11 +153,16 @@ def choose_linear(choice, model, device, backend):
         choice["linear"] = "onednn"
 
 
-def choose_compiled(choice, model, part, install):
-    """One of COMPILED_PARTS, where this machine compiles it and it is right."""
+def choose_compiled(choice, model, part, will_run):
+    """One of COMPILED_PARTS, where this machine compiles it, it is right, and float32 runs operator by operator."""
+    kernel = COMPILED_PARTS[part]
+    if not kernel.found_in(model):
+        return
     try:
-        if install(model):
-            choice[part] = "compiled"
+        if will_run != torch.float32:
+            raise libraries.AbsentError(f"is not for {will_run}")
+        kernel.install(model)
+        choice[part] = "compiled"
     except libraries.AbsentError as absent:
         choice.setdefault(part, "plain")
         choice.refuse(part, "compiled", str(absent))
@@ -177,7 +182,7 @@ def choose_attention(choice, part, mixers, config, device, backend, dtype):
         choice[part] = f"{name} {kernel}"
 
 
-def choose_recurrence(choice, part, mixers, config, device, backend, dtype):
+def choose_recurrence(choice, part, mixers, config, device, backend, dtype, will_compile):
     """The first kernel for this operation that is allowed, here, and right."""
     choice[part], first, calls = "plain", mixers[0], None
     for kernel in KERNELS:
@@ -187,6 +192,8 @@ def choose_recurrence(choice, part, mixers, config, device, backend, dtype):
         try:
             if getattr(first, "form", "chunk") != "chunk":
                 raise libraries.AbsentError(f"is not what recurrence={first.form!r} asks for")
+            if will_compile and not kernel.is_one_node:
+                raise libraries.AbsentError("is not for torch.compile")
             fast = kernel.find(plain, device, dtype)
         except libraries.AbsentError as absent:
             choice.refuse(part, kernel.name, str(absent))
@@ -220,8 +227,8 @@ def install_without_data(model, device, backend):
     if backend == "auto":
         cpu_norm.install(model)
     with contextlib.suppress(libraries.AbsentError):
-        for install in COMPILED_PARTS.values():
-            install(model, check=False)
+        for kernel in COMPILED_PARTS.values():
+            kernel.install(model, check=False)
     for mixers in mixers_by_part(model).values():
         for kernel in KERNELS:
             if (kernel.name, kernel.operation) == ("compiled", mixers[0].operation):

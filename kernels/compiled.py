@@ -9,6 +9,7 @@ half a second. Threads are those of torch: OpenMP's symbols come from the librar
 
 import ctypes
 import functools
+import math
 import os
 import shlex
 import shutil
@@ -23,7 +24,9 @@ from kernels.libraries import AbsentError
 
 SOURCES = Path(__file__).parent
 OPTIONS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi")
+THREADS = (["-fopenmp"], ["-Xclang", "-fopenmp"], [])  # Apple's compiler hides its OpenMP; without, one thread
 SECONDS = 120  # for the compiler
+C_TYPES = (torch.float32, torch.int32)
 
 
 class Library:
@@ -36,9 +39,16 @@ class Library:
         """A tensor goes as the address of its first number, None as NULL; strides and types are the caller's care.
 
         Nothing is computed for tensors without data, whose sizes are all that is asked.
+
+        Raises:
+            TypeError: a tensor of another type, device or dtype.
         """
-        if any(isinstance(value, torch.Tensor) and not has_data(value) for value in arguments):
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        if any(map(is_fake, tensors)):
             return
+        for tensor in tensors:
+            if not has_data(tensor) or tensor.device.type != "cpu" or tensor.dtype not in C_TYPES:
+                raise TypeError(f"{name} takes float32 and int32 tensors of a CPU, not {type(tensor)}, {tensor.dtype}")
         getattr(self.functions, name)(*map(_as_c, arguments))
 
 
@@ -60,6 +70,16 @@ def is_fake(tensor):
     """Whether it is of FakeTensorMode, in which memory is counted without being used."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def in_rows(x):
+    """(x, numbers from one token to the next) for x (B, T, ...): x where tokens lie evenly apart, else a copy."""
+    (B, T), width = x.shape[:2], math.prod(x.shape[2:])
+    step = x.stride(1) if T > 1 else x.stride(0) if B > 1 else width
+    is_even = step >= width and (B == 1 or T == 1 or x.stride(0) == T * step)
+    if is_even and x.numel() and x[0, 0].is_contiguous():
+        return x, step
+    return x.contiguous(), width
 
 
 def _as_c(value):
@@ -90,31 +110,32 @@ def _found(name):
     """The Library, or why there is none."""
     if sys.platform == "win32":
         return "is not for Windows"
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    try:
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+    except ValueError as error:
+        return f"cannot read the variable CC ({error})"
     if not compiler or shutil.which(compiler[0]) is None:
         return f"needs a C compiler, and {' '.join(compiler) or 'CC'} is not here"
     failures = []
     for native in (["-march=native"], []):  # not every compiler knows the processor that it runs on
-        for threads in (["-fopenmp"], []):
-            if built := _built(name, [*compiler, *OPTIONS, *native, *threads], failures):
-                return built
+        for threads in THREADS:
+            if built := _built(name, [*compiler, *OPTIONS, *native], threads, failures):
+                return built if threads or torch.get_num_threads() == 1 else "does not find torch's OpenMP here"
     return f"does not compile here ({failures[0]})"
 
 
-def _built(name, command, failures):
-    """The Library, or None and one line more in `failures`."""
-    with tempfile.TemporaryDirectory(prefix="nanoarch-", ignore_cleanup_errors=True) as folder:
-        compiled, linked = Path(folder) / f"{name}.o", Path(folder) / f"{name}.so"
-        link = [word for word in command if word != "-fopenmp"]  # or it would bring a second pool of threads
-        if sys.platform == "darwin":
-            link += ["-undefined", "dynamic_lookup"]
-        try:
-            _run([*command, "-c", str(SOURCES / f"{name}.c"), "-o", str(compiled)])
-            _run([*link, "-shared", str(compiled), "-o", str(linked), "-lm"])
+def _built(name, command, threads, failures):
+    """The Library, or None and one line more in `failures`. Linking OpenMP would bring a second pool of threads."""
+    lookup = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    try:
+        with tempfile.TemporaryDirectory(prefix="nanoarch-", ignore_cleanup_errors=True) as folder:
+            compiled, linked = Path(folder) / f"{name}.o", Path(folder) / f"{name}.so"
+            _run([*command, *threads, "-c", str(SOURCES / f"{name}.c"), "-o", str(compiled)])
+            _run([*command, *lookup, "-shared", str(compiled), "-o", str(linked), "-lm"])
             return Library(linked)
-        except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
-            failures.append(next((line.strip() for line in said if "error" in line), said[-1]))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+        failures.append(next((line.strip() for line in said if "error" in line), said[-1]))
 
 
 def _run(command):

@@ -87,7 +87,7 @@ def _run(name, sizes, *tensors):
     (_, T, _, D), threads = sizes, torch.get_num_threads()
     width, length = _padded(D), _padded(T)
     floats = 7 * T * width + 2 * D * length + QUERIES * (2 * length + width)
-    compiled.library("cpu_attention")(name, *tensors, torch.empty(threads, floats), floats, *sizes, threads)
+    compiled.library("cpu_attention")(name, *tensors, tensors[0].new_empty(threads, floats), floats, *sizes, threads)
 
 
 def _padded(n):

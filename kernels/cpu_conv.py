@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from kernels import checks, compiled
+from kernels.libraries import AbsentError
 from mixer_short_conv import ShortConv
 from mixer_short_conv import causal_conv as plain
 
@@ -19,12 +20,11 @@ class ConvFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, runs, silu):
         taps = weight.detach()[:, 0].t().flip(0).contiguous()  # (K, C); tap j reads j tokens back
-        x = x if lies_in_rows(x) else x.contiguous()
-        (batch, T, C), K, y = x.shape, taps.size(0), torch.empty(x.shape)
-        reach = tokens_back(batch, T, K - 1, runs)
-        ctx.sizes = batch, T, C, x.stride(1), K, int(silu)
+        (batch, T, C), K = x.shape, taps.size(0)
+        (x, step), bias = compiled.in_rows(x), None if bias is None else bias.detach().contiguous()
+        y, reach, ctx.silu = x.new_empty(x.shape), tokens_back(x, K - 1, runs), int(silu)
         run = compiled.library("cpu_conv")
-        run("conv_forward", x, taps, bias, reach, y, *ctx.sizes, torch.get_num_threads())
+        run("conv_forward", x, taps, bias, reach, y, batch, T, C, step, K, ctx.silu, torch.get_num_threads())
         ctx.save_for_backward(x, taps, bias, reach)
         return y
 
@@ -33,24 +33,21 @@ class ConvFunction(torch.autograd.Function):
     def backward(ctx, grad):
         x, taps, bias, reach = ctx.saved_tensors
         (batch, T, C), K, threads = x.shape, taps.size(0), torch.get_num_threads()
-        units = batch * -(-T // SPAN)
-        grad_x, grad_taps, grad_bias = torch.empty(x.shape), torch.empty(units, K, C), torch.empty(units, C)
-        run, outputs = compiled.library("cpu_conv"), (grad_x, grad_taps, grad_bias, torch.empty(threads, K, C))
-        run("conv_backward", grad.contiguous(), x, taps, bias, reach, *outputs, *ctx.sizes, threads)
+        (x, step), units = compiled.in_rows(x), batch * -(-T // SPAN)
+        grad_x, grad_taps, grad_bias = x.new_empty(x.shape), x.new_empty(units, K, C), x.new_empty(units, C)
+        run, outputs = compiled.library("cpu_conv"), (grad_x, grad_taps, grad_bias, x.new_empty(threads, K, C))
+        sizes = batch, T, C, step, K, ctx.silu, threads
+        run("conv_backward", grad.contiguous(), x, taps, bias, reach, *outputs, *sizes)
         of_weight = grad_taps.sum(0).flip(0).t()[:, None]
         return grad_x, of_weight, None if bias is None else grad_bias.sum(0), None, None
 
 
-def lies_in_rows(x):
-    """Whether every token of x (B, T, C) lies as far from the one before, channels side by side."""
-    return x.stride(2) == 1 and x.stride(0) == x.size(1) * x.stride(1)
-
-
-def tokens_back(batch, T, most, runs):
-    """int32 (B, T): how many tokens back, of the `most` before, are there and in the same run."""
+def tokens_back(x, most, runs):
+    """int32 (B, T) for x (B, T, C): how many tokens back, of the `most` before, are there and in the same run."""
+    batch, T, _ = x.shape
     if runs is None:
-        return torch.arange(T, dtype=torch.int32).clamp_(max=most).repeat(batch, 1)
-    reach = torch.zeros(batch, T, dtype=torch.int32)
+        return torch.arange(T, dtype=torch.int32, device=x.device).clamp_(max=most).repeat(batch, 1)
+    reach = torch.zeros(batch, T, dtype=torch.int32, device=x.device)
     for j in range(1, min(most + 1, T)):
         reach[:, j:] += runs[:, j:] == runs[:, :-j]
     return reach
@@ -58,26 +55,27 @@ def tokens_back(batch, T, most, runs):
 
 def causal_conv(x, weight, bias, runs, silu):
     """The plain function, by ConvFunction where the tensors are what it takes."""
-    takes = compiled.takes(x, weight)
+    takes = compiled.takes(x, weight, *(() if bias is None else (bias,)))
     return (ConvFunction.apply if takes else plain)(x, weight, bias, runs, silu)
 
 
+def found_in(model):
+    return [module for module in model.modules() if isinstance(module, ShortConv)]
+
+
 def install(model, check=True):
-    """Let the ShortConvs of `model` that agree with their plain path, or all without a check, compute here; how many.
+    """Let the ShortConvs of `model` compute here.
 
     Raises:
-        AbsentError: nothing here compiles C.
+        AbsentError: nothing here compiles C, or what it makes is off the plain path.
     """
-    convs, agrees = [module for module in model.modules() if isinstance(module, ShortConv)], {}
-    if convs:
-        compiled.library("cpu_conv")
+    compiled.library("cpu_conv")
+    convs = found_in(model)
+    for kind in {(conv.width, conv.bias is not None, conv.silu) for conv in convs if check}:
+        if reason := checks.refusal(plain, causal_conv, _examples(*kind), torch.float32):
+            raise AbsentError(reason)
     for conv in convs:
-        kind = conv.width, conv.bias is not None, conv.silu
-        if kind not in agrees:
-            agrees[kind] = not check or checks.refusal(plain, causal_conv, _examples(*kind), torch.float32) is None
-        if agrees[kind]:
-            conv.kernel = causal_conv
-    return sum(conv.kernel is causal_conv for conv in convs)
+        conv.kernel = causal_conv
 
 
 def _examples(K, has_bias, silu, B=2, T=19, C=70):

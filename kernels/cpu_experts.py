@@ -70,23 +70,30 @@ def experts(otherwise, x, chosen, weights, up, down):
     return ExpertsFunction.apply(x, chosen, weights, up, down)
 
 
+def found_in(model):
+    return [module for module in model.modules() if isinstance(module, Experts)]
+
+
 def install(model, check=True):
-    """Let the Experts of `model` compute as one node, if that agrees with the plain path or is not checked; how many.
+    """Let the Experts of `model` compute as one node.
 
     What it does not take it leaves to what kernels.grouped has installed.
 
     Raises:
-        AbsentError: nothing here compiles C, or these are no gated experts with silu.
+        AbsentError: nothing here compiles C, what it makes is off the plain path, or these are no gated experts with
+            silu.
     """
-    modules = [module for module in model.modules() if isinstance(module, Experts)]
+    modules = found_in(model)
     if not modules:
-        return 0
+        return
     if not modules[0].is_gated or modules[0].activation not in (silu, F.silu):
         raise AbsentError("is for experts of swiglu")
     compiled.library("cpu_experts")
-    path = lambda module, *inputs: experts(None, *inputs)  # noqa: E731
-    if check and not grouped.equals_plain(modules[0], torch.float32, path):
-        return 0
+    if check and not grouped.equals_plain(modules[0], torch.float32, _path):
+        raise AbsentError("is off the plain path")
     for module in modules:
         module.combine = functools.partial(experts, module.combine)
-    return len(modules)
+
+
+def _path(module, *inputs):
+    return experts(functools.partial(type(module).combine, module), *inputs)

@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from kernels import checks, compiled
+from kernels.libraries import AbsentError
 from mixer_mamba import GatedRMSNorm
 from mixer_mamba import gated_rms_norm as plain
 from model_components import rms_norm
@@ -15,15 +16,14 @@ ROWS = 64  # of a unit of work, in cpu_gate.c too
 
 
 class GateFunction(torch.autograd.Function):
-    """gated_rms_norm for x (..., C), z (..., C), whose rows may lie apart in memory, and weight (C,)."""
+    """gated_rms_norm for x (B, T, C), z (B, T, C), whose rows may lie apart in memory, and weight (C,)."""
 
     @staticmethod
     def forward(ctx, x, z, weight, eps):
-        x, z = x.contiguous(), z if lies_in_rows(z) else z.contiguous()
-        y, scale = torch.empty(x.shape), torch.empty(x.shape[:-1])
-        ctx.sizes = scale.numel(), x.size(-1), z.stride(-2)
-        run = compiled.library("cpu_gate")
-        run("gate_forward", x, z, weight.detach(), torch.tensor(eps), y, scale, *ctx.sizes, torch.get_num_threads())
+        x, (z, step), weight = x.contiguous(), compiled.in_rows(z), weight.detach().contiguous()
+        y, scale, run = x.new_empty(x.shape), x.new_empty(x.shape[:-1]), compiled.library("cpu_gate")
+        sizes = scale.numel(), x.size(-1), step, torch.get_num_threads()
+        run("gate_forward", x, z, weight, x.new_full((1,), eps), y, scale, *sizes)
         ctx.save_for_backward(x, z, weight, scale)
         return y
 
@@ -31,39 +31,34 @@ class GateFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, z, weight, scale = ctx.saved_tensors
-        grad_x, grad_z = torch.empty(x.shape), torch.empty(x.shape)
-        grad_weight, run = torch.empty(-(-scale.numel() // ROWS), x.size(-1)), compiled.library("cpu_gate")
-        outputs = grad_x, grad_z, grad_weight
-        run("gate_backward", grad.contiguous(), x, z, weight, scale, *outputs, *ctx.sizes, torch.get_num_threads())
+        (z, step), grad_x, grad_z = compiled.in_rows(z), x.new_empty(x.shape), x.new_empty(x.shape)
+        grad_weight, run = x.new_empty(-(-scale.numel() // ROWS), x.size(-1)), compiled.library("cpu_gate")
+        sizes = scale.numel(), x.size(-1), step, torch.get_num_threads()
+        run("gate_backward", grad.contiguous(), x.contiguous(), z, weight, scale, grad_x, grad_z, grad_weight, *sizes)
         return grad_x, grad_z, grad_weight.sum(0), None
-
-
-def lies_in_rows(z):
-    """Whether every row of z (..., T, C) lies as far from the one before, channels side by side."""
-    return z.dim() == 3 and z.stride(2) == 1 and z.stride(0) == z.size(1) * z.stride(1)
 
 
 def gated_rms_norm(x, z, weight, eps, ngroups, norm=rms_norm):
     """The plain function, by GateFunction where the tensors are what it takes."""
-    takes = ngroups == 1 and compiled.takes(x, z, weight)
+    takes = ngroups == 1 and x.dim() == 3 and x.shape == z.shape and compiled.takes(x, z, weight)
     return GateFunction.apply(x, z, weight, eps) if takes else plain(x, z, weight, eps, ngroups, norm)
 
 
+def found_in(model):
+    return [module for module in model.modules() if isinstance(module, GatedRMSNorm)]
+
+
 def install(model, check=True):
-    """Let every GatedRMSNorm of `model` compute here, if that agrees with the plain path or is not checked; how many.
+    """Let every GatedRMSNorm of `model` compute here.
 
     Raises:
-        AbsentError: nothing here compiles C.
+        AbsentError: nothing here compiles C, or what it makes is off the plain path.
     """
-    norms = [module for module in model.modules() if isinstance(module, GatedRMSNorm)]
-    if not norms:
-        return 0
     compiled.library("cpu_gate")
-    if check and checks.refusal(plain, gated_rms_norm, [_example()], torch.float32):
-        return 0
-    for norm in norms:
+    if check and (reason := checks.refusal(plain, gated_rms_norm, [_example()], torch.float32)):
+        raise AbsentError(reason)
+    for norm in found_in(model):
         norm.gated_kernel = gated_rms_norm
-    return len(norms)
 
 
 def _example():

@@ -29,7 +29,7 @@ typedef struct {
     float *x, *x_t, *weighed, *y, *grad, *of_x;       /* (Q, Pp), but x_t (P, Qp) */
     float *decay, *weights, *of_weights;              /* (Q, Qp): exp(S_l - S_s), times dt_s (C_l . B_s) */
     float *turned;                                    /* (P, Np) */
-    float *sums, *dt, *from_start, *to_end, *of_sums, *of_dt; /* (Qp) */
+    float *sums, *dt, *from_start, *to_end, *of_sums, *of_dt, *own; /* (Qp) */
 } space;
 
 static int64_t lay_out(space *w, const scan *s, float *at) {
@@ -40,7 +40,7 @@ static int64_t lay_out(space *w, const scan *s, float *at) {
         {&w->of_B, QN}, {&w->of_C, QN}, {&w->of_scores, QQ}, {&w->x, QP}, {&w->x_t, s->P * w->Qp}, {&w->weighed, QP},
         {&w->y, QP}, {&w->grad, QP}, {&w->of_x, QP}, {&w->decay, QQ}, {&w->weights, QQ}, {&w->of_weights, QQ},
         {&w->turned, s->P * w->Np}, {&w->sums, w->Qp}, {&w->dt, w->Qp}, {&w->from_start, w->Qp}, {&w->to_end, w->Qp},
-        {&w->of_sums, w->Qp}, {&w->of_dt, w->Qp},
+        {&w->of_sums, w->Qp}, {&w->of_dt, w->Qp}, {&w->own, w->Qp},
     };
     int64_t floats = 0;
     for (uint64_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
@@ -219,13 +219,20 @@ static void backward_within(const scan *s, space *w, int64_t n) {
             int64_t at = l * Qp + c;
             vec decayed = first(w->of_weights + at, LANES) * first(w->decay + at, LANES), dt = first(w->dt + c, LANES);
             vec of_dt = decayed * first(w->scores + at, LANES);
+            if (l < c + LANES) { /* a token's own decay is 1, whatever the sums are: left in, it would cancel in digits */
+                w->own[l] = of_dt[l - c];
+                of_dt[l - c] = 0;
+            }
             of_sum += of_dt * dt;
             put(w->of_dt + c, first(w->of_dt + c, LANES) + of_dt, LANES);
             put(w->of_scores + at, first(w->of_scores + at, LANES) + decayed * dt, LANES);
         }
         w->of_sums[l] = sum(of_sum);
     }
-    for (int64_t t = 0; t < n; t++) w->of_sums[t] -= w->of_dt[t] * w->dt[t];
+    for (int64_t t = 0; t < n; t++) {
+        w->of_sums[t] -= w->of_dt[t] * w->dt[t];
+        w->of_dt[t] += w->own[t];
+    }
 }
 
 /* grad_B, grad_C (blocks of heads, batch, T, G, N) and grad_A, grad_D (batch, H) are for the caller to add up. */

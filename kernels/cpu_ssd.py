@@ -5,6 +5,7 @@ all pairs of tokens are never made. Float32, from no state to no state; anything
 """
 
 import ctypes
+import functools
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -19,19 +20,21 @@ def find(plain, device, dtype):
     """A form with the plain one's signature.
 
     Raises:
-        AbsentError: this is no CPU, or nothing here compiles C.
+        AbsentError: this is no CPU, products are not to run in float32, or nothing here compiles C.
     """
     if device.type != "cpu":
         raise AbsentError("is for CPUs")
+    if dtype != torch.float32:
+        raise AbsentError("is for float32")
     compiled.library("cpu_ssd")
+    return functools.partial(_form, plain)
 
-    def form(x, dt, A, B, C, state=None, runs=None, chunk_size=64, D=None):
-        D = x.new_zeros(x.size(2)) if D is None else D
-        if state is not None or not compiled.takes(x, dt, A, B, C, D):
-            return plain(x, dt, A, B, C, state, runs, chunk_size, D)
-        return SSDFunction.apply(x, dt, A, B, C, D, runs, min(chunk_size, x.size(1))), None
 
-    return form
+def _form(plain, x, dt, A, B, C, state=None, runs=None, chunk_size=64, D=None):
+    D = x.new_zeros(x.size(2)) if D is None else D
+    if state is not None or not compiled.takes(x, dt, A, B, C, D):
+        return plain(x, dt, A, B, C, state, runs, chunk_size, D)
+    return SSDFunction.apply(x, dt, A, B, C, D, runs, min(chunk_size, x.size(1))), None
 
 
 class SSDFunction(torch.autograd.Function):
@@ -39,12 +42,11 @@ class SSDFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, runs, Q):
-        x, B, C = (tensor if lies_in_rows(tensor) else tensor.contiguous() for tensor in (x, B, C))
-        (batch, T, H, P), (G, N), begin = x.shape, B.shape[2:], None if runs is None else beginnings(runs)
-        dt, A, D = dt.contiguous(), A.contiguous(), D.contiguous()
-        ctx.sizes = batch, T, H, P, G, N, Q, x.stride(1), B.stride(1), C.stride(1)
-        y, before = torch.empty(x.shape), torch.empty(-(-T // Q), batch, H, N, P)
-        _run("ssd_forward", ctx.sizes, x, dt, A, B, C, D, begin, y, before)
+        (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
+        dt, A, D, begin = dt.contiguous(), A.contiguous(), D.contiguous(), None if runs is None else beginnings(runs)
+        ctx.sizes, ((x, B, C), steps) = (batch, T, H, P, G, N, Q), _in_rows(x, B, C)
+        y, before = x.new_empty(x.shape), x.new_empty(-(-T // Q), batch, H, N, P)
+        _run("ssd_forward", (*ctx.sizes, *steps), x, dt, A, B, C, D, begin, y, before)
         ctx.save_for_backward(x, dt, A, B, C, D, begin, before)
         return y
 
@@ -53,11 +55,11 @@ class SSDFunction(torch.autograd.Function):
     def backward(ctx, grad):
         x, dt, A, B, C, D, begin, before = ctx.saved_tensors
         (batch, _, H, _), G = x.shape, B.size(2)
-        blocks = -(-(H // G) // HEADS)
-        grad_x, grad_dt, (grad_A, grad_D) = torch.empty(x.shape), torch.empty(dt.shape), torch.empty(2, batch, H)
-        grad_B, grad_C = torch.empty(blocks, *B.shape), torch.empty(blocks, *C.shape)
+        ((x, B, C), steps), blocks = _in_rows(x, B, C), -(-(H // G) // HEADS)
+        grad_x, grad_dt, (grad_A, grad_D) = x.new_empty(x.shape), x.new_empty(dt.shape), x.new_empty(2, batch, H)
+        grad_B, grad_C = x.new_empty(blocks, *B.shape), x.new_empty(blocks, *C.shape)
         outputs = grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D
-        _run("ssd_backward", ctx.sizes, grad.contiguous(), x, dt, A, B, C, D, begin, before, *outputs)
+        _run("ssd_backward", (*ctx.sizes, *steps), grad.contiguous(), x, dt, A, B, C, D, begin, before, *outputs)
         return grad_x, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), grad_D.sum(0), None, None
 
 
@@ -66,16 +68,16 @@ def _run(name, sizes, *tensors):
     library, threads, floats = compiled.library("cpu_ssd"), torch.get_num_threads(), ctypes.c_int64()
     _, _, _, P, _, N, Q, *_ = sizes
     library.functions.ssd_scratch(*map(ctypes.c_int64, (P, N, Q)), ctypes.byref(floats))
-    library(name, *tensors, torch.empty(threads, floats.value), floats.value, *sizes, threads)
+    library(name, *tensors, tensors[0].new_empty(threads, floats.value), floats.value, *sizes, threads)
 
 
-def lies_in_rows(x):
-    """Whether every token of x (B, T, H, P) lies as far from the one before, its heads side by side."""
-    return x.stride(3) == 1 and x.stride(2) == x.size(3) and x.stride(0) == x.size(1) * x.stride(1)
+def _in_rows(*tensors):
+    """(tensors, the numbers from token to token in each)."""
+    return zip(*map(compiled.in_rows, tensors), strict=True)
 
 
 def beginnings(runs):
     """int32 (B, T): the first token of each token's run."""
-    places = torch.arange(1, runs.size(1), dtype=torch.int32)
+    places = torch.arange(1, runs.size(1), dtype=torch.int32, device=runs.device)
     starts = torch.where(runs[:, 1:] != runs[:, :-1], places, 0)
     return torch.nn.functional.pad(starts.cummax(1).values, (1, 0)).int()

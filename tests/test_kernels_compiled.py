@@ -1,7 +1,8 @@
 """The kernels in C against their plain twins, on outputs, states and gradients; and where there is no compiler."""
 
-import os
-import shutil
+import copy
+import functools
+import pickle
 import sys
 
 import pytest
@@ -10,16 +11,18 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import checks, compiled, cpu_conv, cpu_gate, cpu_scan, cpu_ssd
+from kernels import checks, compiled, cpu_attention, cpu_conv, cpu_experts, cpu_gate, cpu_scan, cpu_ssd
 from kernels.libraries import AbsentError
 from mamba_helpers import mamba2_inputs, mamba_inputs, outputs_and_gradients, runs_of
 from mixer_mamba import gated_rms_norm
 from mixer_mamba_scan import goes_on, selective_scan_recurrent, ssd_recurrent
 from mixer_short_conv import ShiftedSum, causal_conv
 from model_builder import ConfigurableGPT
+from model_components import silu
+from model_moe import Experts
 
 CPU = torch.device("cpu")
-has_compiler = sys.platform != "win32" and shutil.which(os.environ.get("CC", "cc").split()[0])
+has_compiler = compiled.is_here("cpu_gate")
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C compiler is here")
 
 
@@ -196,6 +199,127 @@ def test_sizes_alone_are_computed_without_data():
     assert type(y) is type(x) and y.shape == x.grad.shape == x.shape and weight.grad.shape == weight.shape
 
 
+@needs_compiler
+def test_tensors_of_any_layout_dtype_and_default():
+    """What a C function would read or write past its end is copied, goes the plain way, or is refused."""
+    weight, bias, gain = torch.randn(10, 1, 4), torch.randn(20)[::2], torch.randn(1).expand(10)
+    one = torch.randn(1, 3, 10).transpose(0, 1)  # (3, 1, 10): contiguous, with a stride that means nothing
+    assert_near([cpu_conv.causal_conv(one, weight, bias, None, True)], [causal_conv(one, weight, bias, None, True)])
+    assert_near([cpu_gate.gated_rms_norm(one, one, gain, 1e-5, 1)], [gated_rms_norm(one, one, gain, 1e-5, 1)])
+    x, wide = torch.randn(2, 20, 30), torch.randn(2, 20, 30, requires_grad=True)
+    bias16 = torch.randn(10).bfloat16()
+    rows = x[..., :10]
+    assert_near(
+        [cpu_conv.causal_conv(rows, weight, bias16, None, True)], [causal_conv(rows, weight, bias16, None, True)]
+    )
+    wanted = torch.autograd.grad(causal_conv(wide[..., 5:15], weight, None, None, True).sum(), wide)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)
+    ):
+        y = cpu_conv.causal_conv(wide[..., 5:15], weight, None, None, True)
+        assert_near(torch.autograd.grad(y.sum(), wide), wanted)
+    torch.set_default_dtype(torch.float64)
+    assert cpu_conv.causal_conv(rows, weight, None, None, True).dtype == torch.float32
+    inputs = mamba_inputs(20, torch.float32)
+    assert_near(scan(*inputs), selective_scan_recurrent(*inputs))
+    with pytest.raises(TypeError, match=r"^conv_forward takes float32 and int32 tensors of a CPU, not .*float64"):
+        compiled.library("cpu_conv")("conv_forward", torch.ones(1))
+
+
+@needs_compiler
+def test_the_choice_says_what_runs(tiny):
+    pattern = "mamba,mamba2/moe"
+    model = ConfigurableGPT(tiny(block_pattern=pattern, position_encoding="none", n_layer=2, d_state=4))
+    for more, reason in (({"dtype": torch.bfloat16}, "is not for torch.bfloat16"),
+                         ({"will_compile": True}, "is not for torch.compile")):  # fmt: skip
+        choice = kernels.choose(copy.deepcopy(model), CPU, "auto", **more)
+        for part in ("short conv", "gated norm", "experts"):
+            assert choice[part] in ("plain", "sorted") and choice.not_taken[part]["compiled"] == reason
+        assert choice["mamba2"] == "plain" and choice["mamba"] == "compiled"  # one operator, in float32 under autocast
+    fast = copy.deepcopy(model)
+    kernels.choose(fast, CPU, "auto")
+    idx = torch.randint(29, (2, 9))
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(idx)[0], fast(idx)[0])
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_by_hand(projected, n_head, cos, sin):
+    """softmax(q k^T / sqrt(D)) v over what came before, of (B, T, 3 H D); the tables turn q and k."""
+    q, k, v = projected.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
+    if cos is not None:
+        q, k = (x * cos + torch.cat(x.chunk(2, -1)[::-1], -1) * sin for x in (q, k))
+    scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return (scores.masked_fill(later, float("-inf")).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no-position"])
+@pytest.mark.parametrize("T, D", [(1, 4), (16, 16), (47, 6), (49, 18), (130, 64)])  # 48 queries at once, 16 lanes
+def test_attention_equals_the_equation(T, D, rope):
+    torch.set_num_threads(2)
+    H, generator = 3, torch.Generator().manual_seed(0)
+    projected, grad = (torch.randn(2, T, n * H * D, generator=generator) for n in (3, 1))
+    angles = torch.rand(T, D // 2, generator=generator).repeat(1, 2)
+    sign = torch.ones(D // 2).repeat(2)
+    sign[: D // 2] = -1
+    cos, sin = (angles.cos(), angles.sin() * sign) if rope else (None, None)
+    y, log_sums, of_projected = torch.empty(2, T, H * D), torch.empty(2, H, T), torch.empty_like(projected)
+    cpu_attention._run("attention_forward", (2, T, H, D), projected, cos, sin, y, log_sums)
+    cpu_attention._run(
+        "attention_backward", (2, T, H, D), grad, projected, cos, sin, y, log_sums, of_projected
+    )  # fmt: skip
+    leaf = projected.double().requires_grad_()
+    wanted = attention_by_hand(leaf, H, *(None if table is None else table.double() for table in (cos, sin)))
+    assert_near([y, of_projected], [wanted, *torch.autograd.grad(wanted, leaf, grad.double())])
+
+
+@needs_compiler
+def test_what_is_not_finite_stays_so():
+    projected = torch.zeros(1, 20, 3 * 8)
+    projected[0, 7, 8] = float("nan")  # a key
+    y, log_sums = torch.empty(1, 20, 8), torch.empty(1, 1, 20)
+    cpu_attention._run("attention_forward", (1, 20, 1, 8), projected, None, None, y, log_sums)
+    assert y[:, :7].isfinite().all() and y[:, 7:].isnan().all()
+    x, dt, A, B, C, state = mamba_inputs(9, torch.float32)
+    dt[0, 4, 2] = float("nan")
+    assert scan(x, dt, A, B, C, state)[0][0, 4:, 2].isnan().all()
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("k, hidden", [(1, 5), (2, 16), (3, 21)])
+def test_experts_equal_plain(k, hidden):
+    part = Experts(5, 12, hidden, True, silu, k / 5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in part.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    x, scores = torch.randn(40, 12, generator=generator), torch.rand(40, 4, generator=generator)  # none for the last
+    weights, chosen = scores.topk(k, dim=-1)
+    inputs, results = (x, weights, part.up.detach(), part.down.detach()), []
+    for dtype, combine in (
+        (torch.float64, part.combine),
+        (torch.float32, functools.partial(cpu_experts.experts, None)),
+    ):
+        args = tuple(tensor.to(dtype) for tensor in inputs)
+        form = lambda x, weights, up, down, combine=combine: combine(x, chosen, weights, up, down)  # noqa: E731
+        results.append(checks.outputs_and_gradients(form, args, {}))
+    assert_near(results[1], results[0])
+
+
+@needs_compiler
+def test_experts_of_another_kind_are_left_to_sorting(tiny):
+    settings = tiny(ffn_type="moe", n_experts=3)
+    assert kernels.choose(ConfigurableGPT(settings), CPU, "auto")["experts"] == "compiled"
+    choice = kernels.choose(ConfigurableGPT(settings.replace(expert_type="geglu")), CPU, "auto")
+    assert choice["experts"] == "sorted" and choice.not_taken["experts"] == {"compiled": "is for experts of swiglu"}
+
+
 # ---- in a model ------------------------------------------------------------------------------------------------------
 
 
@@ -222,8 +346,8 @@ def test_a_kernel_that_is_off_is_left_out(tiny, monkeypatch):
     monkeypatch.setattr(cpu_scan, "_scan", lambda x, *_: (1.01 * x, None))
     model = ConfigurableGPT(tiny(block_pattern="mamba,mamba2", position_encoding="none", n_layer=2))
     choice = kernels.choose(model, CPU, "auto")
-    assert "short conv" not in choice and "gated norm" not in choice
-    assert choice["mamba"] == "plain" and choice.not_taken["mamba"]["compiled"].startswith("is off the plain path by")
+    for part in ("short conv", "gated norm", "mamba"):
+        assert choice[part] == "plain" and choice.not_taken[part]["compiled"].startswith("is off the plain path by")
 
 
 # ---- the compiler ----------------------------------------------------------------------------------------------------
@@ -232,6 +356,7 @@ def test_a_kernel_that_is_off_is_left_out(tiny, monkeypatch):
 @pytest.mark.parametrize("compiler, reason", [
     ("no-such-compiler -m64", "needs a C compiler, and no-such-compiler -m64 is not here"),
     ("", "needs a C compiler, and CC is not here"),
+    ("cc 'x", r"cannot read the variable CC (No closing quotation)"),
     (sys.executable, "does not compile here (.*)"),
 ])  # fmt: skip
 def test_without_a_compiler(compiler, reason, nothing_compiled, monkeypatch):
@@ -243,7 +368,7 @@ def test_without_a_compiler(compiler, reason, nothing_compiled, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("refused", ["-march=native", "-fopenmp"])
-def test_a_compiler_that_knows_less(refused, nothing_compiled, monkeypatch):
+def test_a_compiler_that_knows_less(refused, nothing_compiled, monkeypatch, tmp_path):
     run = compiled._run
 
     def picky(command):
@@ -254,6 +379,13 @@ def test_a_compiler_that_knows_less(refused, nothing_compiled, monkeypatch):
     monkeypatch.setattr(compiled, "_run", picky)
     inputs = mamba_inputs(9, torch.float32)
     assert_near(outputs_and_gradients(scan, inputs), outputs_and_gradients(selective_scan_recurrent, inputs))
+    compiled._found.cache_clear()
+    torch.set_num_threads(2)
+    assert compiled.is_here("cpu_gate") == (refused == "-march=native")  # one thread where there are two is no gain
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path / "gone"))
+    compiled._found.cache_clear()
+    with pytest.raises(AbsentError, match=r"^does not compile here .*No such file"):
+        compiled.library("cpu_gate")
 
 
 @needs_compiler

@@ -92,6 +92,17 @@ def test_any_decay_stays_finite_and_right_in_float32(size):
             assert (a - b).abs().max() <= 1e-3 * b.abs().max().clamp(min=1)
 
 
+def test_documents_in_chunks_stay_finite_at_any_decay():
+    """A border inside a chunk whose sums of dt A are below -88: exp of what lies beyond it would overflow."""
+    x, dt, A, B, C, _ = mamba2_inputs(40, torch.float32)
+    runs = (torch.arange(40) >= 13).long().expand(2, -1)
+    inputs = [x, 20 * dt, A, B, C]
+    got = outputs_and_gradients(lambda *i: ssd_chunked(*i, runs=runs, chunk_size=16)[0], inputs)
+    wanted = outputs_and_gradients(lambda *i: ssd_recurrent(*i, runs=runs)[0], [t.double() for t in inputs])
+    for a, b in zip(got, wanted, strict=True):
+        assert a.isfinite().all() and (a - b).abs().max() <= 1e-3 * b.abs().max().clamp(min=1)
+
+
 def test_the_scan_keeps_no_state_per_token():
     inputs, sizes = [x.requires_grad_() for x in mamba_inputs(64)], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
