@@ -119,7 +119,7 @@ def choose(model, device, backend, dtype=torch.float32, will_compile=False):
         if mixers[0].operation == "attention":
             choose_attention(choice, part, mixers, model.config, device, backend, dtype)
             if all("forward" in vars(mixer) for mixer in mixers):
-                choice[part] += ", one node, compiled" if cpu_attention.compiles() else ", one node"
+                choice[part] += ", one node" + ", compiled" * cpu_attention.is_compiled(model.config.block_size)
         else:
             choose_recurrence(choice, part, mixers, model.config, device, backend, dtype, will_compile)
     if backend not in ("auto", "plain"):

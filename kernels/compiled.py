@@ -3,8 +3,8 @@
     scan = compiled.library("cpu_scan")      # AbsentError where there is no compiler, or it cannot
     scan("scan_forward", x, dt, 16)          # tensors as pointers to their data, whole numbers as int64_t
 
-No file is kept: what is compiled for one processor must not meet another from the same home directory. It takes about
-half a second. Threads are those of torch: OpenMP's symbols come from the library that torch has already loaded.
+No file is kept: what is compiled for one processor must not meet another from the same home directory. A model's
+files take a second or two. Threads are those of torch: OpenMP's symbols come from the library that it has loaded.
 """
 
 import ctypes

@@ -94,11 +94,6 @@ def _padded(n):
     return -(-n // LANES) * LANES
 
 
-def compiles():
-    """Whether this machine compiles cpu_attention.c."""
-    return compiled.is_here("cpu_attention")
-
-
 class ShortAttentionFunction(torch.autograd.Function):
     """What AttentionFunction computes, from all scores at once: faster where they stay in the cache."""
 
@@ -194,9 +189,14 @@ def install(model):
     return sum(agrees[type(mixer)] for mixer in mixers)
 
 
+def is_compiled(T):
+    """Whether a text of T tokens is computed in C."""
+    return T <= LONG and compiled.is_here("cpu_attention")
+
+
 def function_for(T):
     """What computes a text of T tokens."""
-    if T <= LONG and compiles():
+    if is_compiled(T):
         return CompiledAttentionFunction
     return ShortAttentionFunction if T <= SHORT else AttentionFunction
 

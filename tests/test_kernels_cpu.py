@@ -160,9 +160,9 @@ def gradients(model, idx, **more):
 ])  # fmt: skip
 @pytest.mark.parametrize("changes", ONE_NODE.values(), ids=ONE_NODE)
 def test_one_node_equals_the_parts(tiny, monkeypatch, changes, name, tokens, in_c):
-    if in_c and not cpu_attention.compiles():
+    if in_c and not cpu_attention.is_compiled(tokens):
         pytest.skip("no C compiler is here")
-    monkeypatch.setattr(cpu_attention, "compiles", lambda: in_c)
+    monkeypatch.setattr(cpu_attention, "is_compiled", lambda T: in_c)
     plain, fast, choice = both(tiny(**{"block_size": 80, **changes}), monkeypatch)
     assert choice["ffn"] == "one node" and choice["attention"] == "sdpa, one node" + in_c * ", compiled"
     calls = []
@@ -176,6 +176,11 @@ def test_one_node_equals_the_parts(tiny, monkeypatch, changes, name, tokens, in_
         torch.testing.assert_close(
             got[name], wanted[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def test_texts_that_are_too_long_for_c_are_not_said_to_be_in_it():
+    assert not cpu_attention.is_compiled(cpu_attention.LONG + 1)
+    assert cpu_attention.function_for(cpu_attention.LONG + 1) is cpu_attention.AttentionFunction
 
 
 @needs_onednn
